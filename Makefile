@@ -1,0 +1,36 @@
+# make demo: from a clone to a pruned network that is measured.   make test: set-up, lint, types, tests.
+# TORCH says where torch comes from: a pip requirement, or empty to keep the one of the base interpreter.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+VENV_FLAGS := $(if $(TORCH),,--system-site-packages)
+CONSTRAINTS := $(if $(TORCH),-c constraints.txt,)
+
+.PHONY: demo test test-all lint build clean
+
+demo: build
+	$(BIN)/vpns run runs/demo
+
+test: build lint
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: build lint
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+build: $(VENV)/.installed
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check $(CONSTRAINTS) $(TORCH) numpy pybind11 cmake ninja setuptools wheel
+	$(BIN)/pip install -q --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf build $(VENV) vpns_kernels/*.so

@@ -1,0 +1,101 @@
+"""Where do the README's numbers come from? From the JSON files in bench/results, by this script alone.
+
+python bench/readme.py           rewrite the README's table
+python bench/readme.py --check   exit 1 where the README says something else
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+
+
+def main(arguments: Sequence[str]) -> int:
+    text = README.read_text()
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    wanted = f"{head}{BEGIN}\n{render()}\n{END}{tail}"
+    if "--check" in arguments:
+        if wanted != text:
+            print("README.md differs from bench/results: run python bench/readme.py", file=sys.stderr)
+        return int(wanted != text)
+    README.write_text(wanted)
+    return 0
+
+
+def render() -> str:
+    """All tables, a paragraph for each results file."""
+    parts = [render_layers(path) for path in sorted(RESULTS.glob("ops-*.json"))]
+    parts += [render_networks(path) for path in sorted(RESULTS.glob("demo-*.json"))]
+    return "\n\n".join(parts)
+
+
+def render_layers(path: Path) -> str:
+    """ResNet-18's 3x3 layers: one row per pattern, one column per density."""
+    report = json.loads(path.read_text())
+    rows = [r for r in report["rows"] if r["network"] == "resnet18" and r["kernel_size"] == [3, 3]]
+    rows = [r for r in rows if r["batch"] == 16 and r["dtype"] == "float32"]
+    densities = sorted({r["density"] for r in rows}, reverse=True)
+    lines = [
+        f"ResNet-18's 3x3 layers at 224 px, batch 16, float32, against the best dense; geometric mean, and "
+        f"least to most ({_where(report['fingerprint'])}; {_link(path)}):",
+        "",
+        "| pattern | " + " | ".join(f"density {density:g}" for density in densities) + " |",
+        "|---|" + "---|" * len(densities),
+    ]
+    for pattern in dict.fromkeys(r["pattern"] for r in rows):
+        cells = []
+        for density in densities:
+            chosen = [r for r in rows if r["pattern"] == pattern and r["density"] == density]
+            ratios = [r["ratios"][r["best_dense"]]["median"] for r in chosen]
+            cells.append(f"{geometric_mean(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})")
+        lines.append(f"| {pattern} | " + " | ".join(cells) + " |")
+    selection = report["selection"]
+    ours, theirs = (selection[name]["median_ms"] for name in ("select_threshold", "torch.kthvalue"))
+    lines += [
+        "",
+        f"Selecting the threshold among {selection['scores']:,} scores: {ours:.1f} ms, "
+        f"`torch.kthvalue` {theirs:.0f} ms.",
+    ]
+    return "\n".join(lines)
+
+
+def render_networks(path: Path) -> str:
+    """A pruned network whole: the run's own accuracy and times."""
+    report = json.loads(path.read_text())
+    name = f"{report['model']}, {report['pattern']} at density {report['density']:g}"
+    lines = [
+        f"`make demo`: {name}; accuracy {report['sparse_accuracy_prompted']:.1f} % with the prompt, dense "
+        f"{report['dense_accuracy']:.1f} % ({_where(report['machine'])}; {_link(path)}).",
+        "",
+        "| whole network | best dense | sparse | speed-up (95 %) |",
+        "|---|---|---|---|",
+    ]
+    for network in report["networks"]:
+        lines.append(
+            f"| {network['image_size']} px, batch {network['batch']} | {network['dense_ms']:.1f} ms "
+            f"({network['best_dense']}) | {network['sparse_ms']:.1f} ms | {network['speedup']:.1f}x "
+            f"({network['speedup_low']:.1f} to {network['speedup_high']:.1f}) |"
+        )
+    return "\n".join(lines)
+
+
+def _link(path: Path) -> str:
+    return f"[{path.name}](bench/results/{path.name})"
+
+
+def _where(fingerprint: dict[str, Any]) -> str:
+    isa = fingerprint["isa"][-1].upper()
+    return f"{fingerprint['date']}, {fingerprint['cpu']}, {isa}, {fingerprint['threads']} threads"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

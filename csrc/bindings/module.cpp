@@ -1,0 +1,106 @@
+// What Python sees of the native library: pointers and plain numbers in, nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "checks.h"
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace vpns {
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+DType dtype(const std::string& name) {
+  if (name == "float32") return DType::kF32;
+  if (name == "bfloat16") return DType::kBF16;
+  if (name == "float64") return DType::kF64;
+  fail("dtype", "float32, bfloat16 or float64", name);
+}
+
+ConvShape shape(const std::vector<int64_t>& v) {
+  check(v.size() == 16, "ConvShape", "16 sizes", v.size());
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]};
+}
+
+struct Weights {
+  SparseWeights raw;
+};
+
+Weights weights(uintptr_t values, const std::string& type, uintptr_t indptr, uintptr_t index, int64_t count,
+                const std::vector<int64_t>& block) {
+  const bool is_block = !block.empty();
+  return {{is_block ? Format::kBlock : Format::kUnstructured, dtype(type), pointer<const void>(values),
+           pointer<const int32_t>(indptr), pointer<const int32_t>(index), count, is_block ? block[0] : 1,
+           is_block ? block[1] : 1}};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.def("isa_list", &isa_list, "Instruction sets that may be used now, weakest first.");
+  m.def("isa_cap", &isa_cap, py::arg("name"), "Never use anything above this instruction set; empty lifts the cap.");
+
+  m.def(
+      "select_threshold",
+      [](const std::vector<uintptr_t>& data, const std::vector<int64_t>& counts, int64_t kept, int threads) {
+        std::vector<const float*> tensors;
+        for (uintptr_t address : data) tensors.push_back(pointer<const float>(address));
+        py::gil_scoped_release release;
+        const Threshold found = select_threshold(tensors, counts, kept, threads);
+        return std::make_pair(found.value, found.ties_kept);
+      },
+      py::arg("data"), py::arg("counts"), py::arg("kept"), py::arg("threads"));
+
+  py::class_<Weights>(m, "Weights").def(py::init(&weights), py::arg("values"), py::arg("dtype"), py::arg("indptr"),
+                                        py::arg("index"), py::arg("count"), py::arg("block"));
+
+  py::class_<PreparedConv>(m, "PreparedConv")
+      .def(
+          "run",
+          [](const PreparedConv& self, uintptr_t x, const std::string& x_type, int64_t stride_n, int64_t stride_h,
+             int64_t stride_w, uintptr_t y, const std::string& y_type, uintptr_t bias, int threads) {
+            const ConvCall call{pointer<const void>(x), dtype(x_type),     stride_n,
+                                stride_h,               stride_w,          pointer<void>(y),
+                                dtype(y_type),          pointer<const void>(bias), threads};
+            py::gil_scoped_release release;
+            self.run(call);
+          },
+          py::arg("x"), py::arg("x_dtype"), py::arg("stride_n"), py::arg("stride_h"), py::arg("stride_w"),
+          py::arg("y"), py::arg("y_dtype"), py::arg("bias"), py::arg("threads"));
+
+  m.def(
+      "sparse_conv2d_kernels",
+      [](bool emulated) {
+        std::vector<std::string> names;
+        for (const SparseConvKernel& kernel : sparse_conv2d_kernels())
+          if (isa_usable(kernel.isa) && (emulated || !kernel.emulated)) names.emplace_back(kernel.name);
+        return names;
+      },
+      py::arg("emulated") = false, "Names of the kernels that this machine can run, preferred first.");
+
+  m.def(
+      "sparse_conv2d_choose",
+      [](const std::vector<int64_t>& sizes, const Weights& w, const std::string& x_type, const std::string& kernel) {
+        return std::string(choose_sparse_conv2d(kernel, shape(sizes), w.raw, dtype(x_type)).name);
+      },
+      py::arg("shape"), py::arg("weights"), py::arg("x_dtype"), py::arg("kernel") = "");
+
+  m.def(
+      "sparse_conv2d_prepare",
+      [](const std::vector<int64_t>& sizes, const Weights& w, const std::string& x_type, const std::string& kernel) {
+        const ConvShape s = shape(sizes);
+        py::gil_scoped_release release;
+        check_sparse_conv2d(s, w.raw);
+        return choose_sparse_conv2d(kernel, s, w.raw, dtype(x_type)).prepare(s, w.raw);
+      },
+      py::arg("shape"), py::arg("weights"), py::arg("x_dtype"), py::arg("kernel") = "",
+      "Weights in the order of the chosen kernel; the shape is N C H W K R S P Q, strides, paddings, dilations, groups.");
+}
+
+}  // namespace vpns

@@ -1,0 +1,27 @@
+// What can this CPU run? Asked at run time, and can be forced lower for tests.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace vpns {
+
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Fp16 = 3, kAmx = 4 };
+
+const char* isa_name(Isa isa);
+
+// Whether the CPU, the operating system and the cap allow it.
+bool isa_usable(Isa isa);
+
+// Never use anything above `name` ("scalar", "avx2", "avx512", "avx512_fp16", "amx"); empty lifts the cap.
+// The environment variable VPNS_ISA sets the cap that holds at the start.
+void isa_cap(const std::string& name);
+
+// Names of everything usable now, weakest first.
+std::vector<std::string> isa_list();
+
+// Bytes of a core's second-level cache; a sensible default where the system does not say.
+long l2_cache_bytes();
+long l1_cache_bytes();
+
+}  // namespace vpns

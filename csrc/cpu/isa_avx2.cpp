@@ -1,0 +1,23 @@
+// Everything that is compiled for AVX2 and FMA.
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <utility>
+
+#include "cpu/scratch.h"
+#include "cpu/sparse_conv2d_block.h"
+#include "cpu/sparse_conv2d_unstructured.h"
+
+#define VPNS_LANES 8
+#define VPNS_MAX_SEGMENT kMaxSegmentAvx2
+#define VPNS_RUN_UNSTRUCTURED run_unstructured_avx2
+#define VPNS_BLOCK_PIXELS kBlockPixelsAvx2
+#define VPNS_RUN_BLOCK run_block_avx2
+
+namespace vpns {
+namespace {
+#include "cpu/simd.inl"
+#include "cpu/sparse_conv2d_unstructured.inl"
+#include "cpu/sparse_conv2d_block.inl"
+}  // namespace
+}  // namespace vpns

@@ -1,0 +1,23 @@
+// Everything that is compiled for AVX-512 (F, BW, DQ, VL).
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <utility>
+
+#include "cpu/scratch.h"
+#include "cpu/sparse_conv2d_block.h"
+#include "cpu/sparse_conv2d_unstructured.h"
+
+#define VPNS_LANES 16
+#define VPNS_MAX_SEGMENT kMaxSegmentAvx512
+#define VPNS_RUN_UNSTRUCTURED run_unstructured_avx512
+#define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
+#define VPNS_RUN_BLOCK run_block_avx512
+
+namespace vpns {
+namespace {
+#include "cpu/simd.inl"
+#include "cpu/sparse_conv2d_unstructured.inl"
+#include "cpu/sparse_conv2d_block.inl"
+}  // namespace
+}  // namespace vpns

@@ -1,0 +1,28 @@
+// The AVX-512 and AMX kernels over AVX2 registers and emulated tiles, so that their logic is tested on lesser machines.
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "cpu/scratch.h"
+#include "cpu/sparse_conv2d_amx.h"
+#include "cpu/sparse_conv2d_block.h"
+#include "cpu/sparse_conv2d_unstructured.h"
+
+#define VPNS_LANES 16
+#define VPNS_MAX_SEGMENT kMaxSegmentAvx512
+#define VPNS_RUN_UNSTRUCTURED run_unstructured_avx512_emulated
+#define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
+#define VPNS_RUN_BLOCK run_block_avx512_emulated
+#define VPNS_RUN_AMX run_amx_emulated
+
+namespace vpns {
+namespace {
+#include "cpu/simd.inl"
+#include "cpu/sparse_conv2d_unstructured.inl"
+#include "cpu/sparse_conv2d_block.inl"
+#include "cpu/tiles_emulated.inl"
+#include "cpu/sparse_conv2d_amx.inl"
+}  // namespace
+}  // namespace vpns

@@ -1,0 +1,57 @@
+#include "cpu/kernels.h"
+
+#include <limits>
+
+#include "checks.h"
+#include "cpu/sparse_conv2d.h"
+
+namespace vpns {
+
+const std::vector<SparseConvKernel>& sparse_conv2d_kernels() {
+  static const std::vector<SparseConvKernel> table = [] {
+    std::vector<SparseConvKernel> rows;
+    add_amx_kernels(rows);
+    add_block_kernels(rows);
+    add_unstructured_kernels(rows);
+    add_scalar_kernels(rows);
+    return rows;
+  }();
+  return table;
+}
+
+const SparseConvKernel& choose_sparse_conv2d(const std::string& name, const ConvShape& shape,
+                                             const SparseWeights& weights, DType x_dtype) {
+  std::string reasons;
+  for (const SparseConvKernel& kernel : sparse_conv2d_kernels()) {
+    if (name.empty() ? kernel.emulated : name != kernel.name) continue;
+    std::string reason = isa_usable(kernel.isa) ? kernel.why_not(shape, weights, x_dtype)
+                                                : std::string("it needs ") + isa_name(kernel.isa);
+    if (reason.empty()) return kernel;
+    reasons += std::string(reasons.empty() ? "" : "; ") + kernel.name + ": " + reason;
+  }
+  fail("sparse_conv2d", "a kernel that takes this layer", reasons.empty() ? "no kernel named '" + name + "'" : reasons);
+}
+
+void check_sparse_conv2d(const ConvShape& s, const SparseWeights& w) {
+  const char* me = "sparse_conv2d";
+  for (int64_t size : {s.C, s.H, s.W, s.K, s.R, s.S, s.P, s.Q, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w,
+                       s.groups, w.bk, w.bc})
+    check(size >= 1 && size < std::numeric_limits<int32_t>::max(), me, "sizes of at least 1", size);
+  check(s.N >= 0 && s.pad_h >= 0 && s.pad_w >= 0, me, "a batch and padding of at least 0", s.N);
+  check(s.C % s.groups == 0 && s.K % s.groups == 0, me, "channels divisible by groups", s.groups);
+  const int64_t filters = s.K / s.groups, channels = s.C / s.groups;
+  check(s.groups == 1 || filters % w.bk == 0, me, "blocks within a group", w.bk);
+  const int64_t rows = s.groups * ((filters + w.bk - 1) / w.bk);
+  const int64_t columns = (channels + w.bc - 1) / w.bc * s.R * s.S;
+  check(w.indptr[0] == 0 && w.indptr[rows] == w.count, me, "row pointers from 0 to the count", w.indptr[rows]);
+  for (int64_t row = 0; row < rows; ++row) {
+    check(w.indptr[row] <= w.indptr[row + 1], me, "ascending row pointers", w.indptr[row + 1]);
+    check(w.indptr[row + 1] <= w.count, me, "row pointers up to the count", w.indptr[row + 1]);
+    for (int32_t i = w.indptr[row]; i < w.indptr[row + 1]; ++i) {
+      check(w.index[i] >= 0 && w.index[i] < columns, me, "indices inside the weight", w.index[i]);
+      check(i == w.indptr[row] || w.index[i - 1] < w.index[i], me, "strictly ascending indices in a row", w.index[i]);
+    }
+  }
+}
+
+}  // namespace vpns

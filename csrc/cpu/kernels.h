@@ -1,0 +1,52 @@
+// The dispatch table: which kernels are there, what do they take, and how are they run.
+//
+// A kernel is a row: a name, the instruction set it needs, why_not (empty where it takes the layer), and prepare, which
+// turns portable weights into the order the kernel reads (tiles, lanes, tap offsets) and returns something that runs.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "params.h"
+
+namespace vpns {
+
+struct Threshold {
+  float value;        // the smallest kept magnitude; NaN where a score is NaN
+  int64_t ties_kept;  // how many entries equal to it are kept
+};
+
+Threshold select_threshold(const std::vector<const float*>& data, const std::vector<int64_t>& counts, int64_t kept,
+                           int threads);
+
+// A layer's weights in the order its kernel reads them; immutable, so any number of threads may run it at once.
+class PreparedConv {
+ public:
+  virtual ~PreparedConv() = default;
+  virtual void run(const ConvCall& call) const = 0;
+};
+
+struct SparseConvKernel {
+  const char* name;
+  Isa isa;
+  // Compiled from the source of a stronger instruction set over plain C++, so that its logic is tested everywhere;
+  // never chosen, only named.
+  bool emulated;
+  std::string (*why_not)(const ConvShape&, const SparseWeights&, DType x_dtype);
+  std::unique_ptr<PreparedConv> (*prepare)(const ConvShape&, const SparseWeights&);
+};
+
+// All kernels, in the order in which they are preferred.
+const std::vector<SparseConvKernel>& sparse_conv2d_kernels();
+
+// The kernel of that name, or for an empty name the first that runs here; throws with every reason where none does.
+const SparseConvKernel& choose_sparse_conv2d(const std::string& name, const ConvShape&, const SparseWeights&,
+                                             DType x_dtype);
+
+// Refuses sizes and indices that would make a kernel read or write outside its tensors.
+void check_sparse_conv2d(const ConvShape&, const SparseWeights&);
+
+}  // namespace vpns

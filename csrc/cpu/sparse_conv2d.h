@@ -1,0 +1,29 @@
+// What the sparse convolution kernels share: reading weights, and how each family adds its rows to the table.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace vpns {
+
+inline float bf16_to_float(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The i-th stored weight as float (exact for float and bf16).
+inline float weight_at(const SparseWeights& weights, int64_t i) {
+  if (weights.dtype == DType::kBF16) return bf16_to_float(static_cast<const uint16_t*>(weights.values)[i]);
+  return static_cast<const float*>(weights.values)[i];
+}
+
+void add_amx_kernels(std::vector<SparseConvKernel>& table);
+void add_block_kernels(std::vector<SparseConvKernel>& table);
+void add_unstructured_kernels(std::vector<SparseConvKernel>& table);
+void add_scalar_kernels(std::vector<SparseConvKernel>& table);
+
+}  // namespace vpns

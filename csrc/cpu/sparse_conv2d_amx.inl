@@ -1,0 +1,206 @@
+// The loop of sparse_conv2d_amx.h; included by the AMX file and, over emulated tiles, by the emulated one.
+// Needs VPNS_RUN_AMX (the name of the function that is defined) and the _tile_ intrinsics.
+
+struct TileShapes {  // as LDTILECFG reads it
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+void configure_tiles(int64_t step) {
+  TileShapes shapes;
+  for (int tile = 0; tile < 8; ++tile) {
+    const bool is_a = tile == 4 || tile == 5, is_b = tile >= 6;
+    shapes.row_bytes[tile] = static_cast<uint16_t>(is_a ? step * 2 : 64);
+    shapes.rows[tile] = static_cast<uint8_t>(is_b ? step / 2 : kTileRows);
+  }
+  _tile_loadconfig(&shapes);
+}
+
+struct AmxTile {
+  const uint16_t* x[2];    // bases of the two groups of 16 rows
+  int64_t row_stride;      // bytes between two rows
+  const int64_t* offsets;  // by kept block
+  const uint16_t* weights; // of the first kept block, at the first of its 16 output channels here
+  int64_t blocks, block_elements, column_elements, steps, step;
+  float* sums;  // [32][32]
+};
+
+// sums = Σ_blocks x · w for 16 or 32 rows and 16 or 32 output channels.
+template <bool kTwoRows, bool kTwoColumns>
+void multiply_tiles(const AmxTile& t) {
+  _tile_zero(0);
+  if (kTwoRows) _tile_zero(1);
+  if (kTwoColumns) _tile_zero(2);
+  if (kTwoRows && kTwoColumns) _tile_zero(3);
+  for (int64_t block = 0; block < t.blocks; ++block)
+    for (int64_t step = 0; step < t.steps; ++step) {
+      const int64_t from = t.offsets[block] + step * t.step;
+      const uint16_t* w = t.weights + block * t.block_elements + step * t.step * 16;
+      _tile_loadd(4, t.x[0] + from, t.row_stride);
+      _tile_loadd(6, w, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if (kTwoRows) {
+        _tile_loadd(5, t.x[1] + from, t.row_stride);
+        _tile_dpbf16ps(1, 5, 6);
+      }
+      if (kTwoColumns) {
+        _tile_loadd(7, w + t.column_elements, 64);
+        _tile_dpbf16ps(2, 4, 7);
+        if (kTwoRows) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  _tile_stored(0, t.sums, 128);
+  if (kTwoRows) _tile_stored(1, t.sums + 16 * 32, 128);
+  if (kTwoColumns) _tile_stored(2, t.sums + 16, 128);
+  if (kTwoRows && kTwoColumns) _tile_stored(3, t.sums + 16 * 32 + 16, 128);
+}
+
+void copy_pixel(const uint16_t* from, int64_t count, int64_t padded, uint16_t* to) {
+  if (from != nullptr) std::memcpy(to, from, count * 2);
+  else count = 0;
+  std::memset(to + count, 0, (padded - count) * 2);
+}
+
+// Lays out the input of output rows from p0, columns from q0, of image n (and the 15 after it, where they are lanes).
+void load_tile_planes(const AmxPlan& plan, const ConvCall& call, int64_t n, int64_t p0, int64_t q0, uint16_t* to) {
+  const ConvShape& s = plan.shape;
+  const int64_t channels = s.C / s.groups, lanes = plan.images_in_lanes ? kTileRows : 1;
+  const uint16_t* x = static_cast<const uint16_t*>(call.x) + n * call.x_stride_n;
+  for (const int phase_h : plan.planes.h.phases)
+    for (const int phase_w : plan.planes.w.phases)
+      for (int64_t row = 0; row < plan.planes.rows; ++row)
+        for (int64_t col = 0; col < plan.planes.cols; ++col) {
+          const int64_t h = (p0 + row) * s.stride_h + phase_h - s.pad_h;
+          const int64_t w = (q0 + col) * s.stride_w + phase_w - s.pad_w;
+          const bool inside = h >= 0 && h < s.H && w >= 0 && w < s.W;
+          for (int64_t lane = 0; lane < lanes; ++lane) {
+            const uint16_t* pixel =
+                inside ? x + lane * call.x_stride_n + h * call.x_stride_h + w * call.x_stride_w : nullptr;
+            for (int64_t g = 0; g < s.groups; ++g, to += plan.group_channels)
+              copy_pixel(pixel ? pixel + g * channels : nullptr, channels, plan.group_channels, to);
+          }
+        }
+}
+
+#if defined(__AVX512BF16__)
+// 16 sums become bf16 in one instruction; without it the rounding costs more than the tile products at low density.
+inline int64_t store_sixteens(const float* sums, const float* bias, int64_t count, uint16_t* y) {
+  int64_t k = 0;
+  for (; k + 16 <= count; k += 16) {
+    const __m512 value = _mm512_loadu_ps(sums + k);
+    const __m256bh half = _mm512_cvtneps_pbh(bias ? _mm512_add_ps(value, _mm512_loadu_ps(bias + k)) : value);
+    std::memcpy(y + k, &half, sizeof half);
+  }
+  return k;
+}
+#else
+inline int64_t store_sixteens(const float*, const float*, int64_t, uint16_t*) { return 0; }
+#endif
+inline int64_t store_sixteens(const float*, const float*, int64_t, float*) { return 0; }
+
+template <typename Y>
+void store_row(const float* sums, const float* bias, int64_t count, Y* y) {
+  int64_t k = store_sixteens(sums, bias, count, y);
+  for (; k + 8 <= count; k += 8) {
+    const Vec8 value = load8(sums + k);
+    store8(y + k, bias ? value + load8(bias + k) : value);
+  }
+  for (; k < count; ++k) narrow(y + k, bias ? sums[k] + bias[k] : sums[k]);
+}
+
+// Where the 16 rows of a group go: element index of the output pixel, or -1 where there is none.
+void find_targets(const AmxPlan& plan, int64_t n, int64_t p0, int64_t q0, int64_t group, int64_t* target) {
+  const ConvShape& s = plan.shape;
+  for (int64_t lane = 0; lane < kTileRows; ++lane) {
+    const int64_t tile_q = plan.planes.tile_q;
+    const int64_t flat = group * kTileRows + lane;
+    const int64_t row = plan.images_in_lanes ? group / tile_q : flat / plan.planes.cols;
+    const int64_t col = plan.images_in_lanes ? group % tile_q : flat % plan.planes.cols;
+    const int64_t p = p0 + row, q = q0 + col, image = plan.images_in_lanes ? n + lane : n;
+    const bool wanted = row < plan.planes.tile_p && col < tile_q && p < s.P && q < s.Q;
+    target[lane] = wanted ? (image * s.P + p) * s.Q + q : -1;
+  }
+}
+
+template <typename Y>
+void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_image, int64_t images) {
+  const ConvShape& s = plan.shape;
+  const Planes& planes = plan.planes;
+  const int64_t lanes = plan.images_in_lanes ? kTileRows : 1;
+  const int64_t pixel_elements = s.groups * plan.group_channels;
+  const int64_t plane_elements = planes.pixels() * lanes * pixel_elements;
+  const int64_t flat = (planes.tile_p - 1) * planes.cols + planes.tile_q;
+  const int64_t groups = plan.images_in_lanes ? planes.tile_p * planes.tile_q : ceil_div(flat, kTileRows);
+  const int64_t tiles_p = ceil_div(s.P, planes.tile_p), tiles_q = ceil_div(s.Q, planes.tile_q);
+  const int64_t tasks = images / lanes * tiles_p * tiles_q;
+  const int64_t filters = s.K / s.groups, rows_per_group = ceil_div(filters, plan.bk);
+  const int64_t block_rows = s.groups * rows_per_group;
+  const int64_t parts =
+      call.threads == 1 ? 1 : std::clamp<int64_t>(2 * call.threads / std::max<int64_t>(tasks, 1), 1, block_rows);
+  const float* bias = static_cast<const float*>(call.bias);
+#pragma omp parallel num_threads(call.threads)
+  {
+    // Sixteen pixels more: the last group of rows may reach past the planes.
+    float* memory = thread_scratch((plane_elements + 16 * pixel_elements) / 2 + groups * kTileRows * 2 + 16);
+    int64_t* target = reinterpret_cast<int64_t*>(memory);
+    uint16_t* x = reinterpret_cast<uint16_t*>(memory + groups * kTileRows * 2);
+    alignas(64) float sums[32 * 32];
+    configure_tiles(plan.step);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks * parts; ++task) {
+      const int64_t part = task % parts, tile = task / parts;
+      const int64_t q0 = tile % tiles_q * planes.tile_q, p0 = tile / tiles_q % tiles_p * planes.tile_p;
+      const int64_t n = first_image + tile / (tiles_q * tiles_p) * lanes;
+      load_tile_planes(plan, call, n, p0, q0, x);
+      for (int64_t group = 0; group < groups; ++group)
+        find_targets(plan, n, p0, q0, group, target + group * kTileRows);
+      for (int64_t row = block_rows * part / parts; row < block_rows * (part + 1) / parts; ++row) {
+        const int64_t first_block = plan.starts[row], blocks = plan.starts[row + 1] - first_block;
+        const int64_t k0 = row / rows_per_group * filters + row % rows_per_group * plan.bk;
+        const int64_t wanted = std::min(plan.bk, filters - row % rows_per_group * plan.bk);
+        const int64_t column_elements = plan.bc * 16, block_elements = plan.bk * plan.bc;
+        for (int64_t k = 0; k < wanted; k += 32) {
+          const int64_t count = std::min<int64_t>(wanted - k, 32);
+          for (int64_t group = 0; group < groups; group += 2) {
+            const auto base = [&](int64_t i) {
+              const int64_t pixel = plan.images_in_lanes
+                                        ? (i / planes.tile_q * planes.cols + i % planes.tile_q) * kTileRows
+                                        : i * kTileRows;
+              return x + pixel * pixel_elements;
+            };
+            const bool two_rows = group + 1 < groups;
+            const AmxTile product{{base(group), two_rows ? base(group + 1) : nullptr},
+                                  pixel_elements * 2,
+                                  plan.offsets.data() + first_block,
+                                  plan.weights.data() + first_block * block_elements + k * plan.bc,
+                                  blocks,
+                                  block_elements,
+                                  column_elements,
+                                  plan.bc / plan.step,
+                                  plan.step,
+                                  sums};
+            if (two_rows) count > 16 ? multiply_tiles<true, true>(product) : multiply_tiles<true, false>(product);
+            else count > 16 ? multiply_tiles<false, true>(product) : multiply_tiles<false, false>(product);
+            for (int64_t i = 0; i < (two_rows ? 32 : 16); ++i) {
+              const int64_t pixel = target[group * kTileRows + i];
+              if (pixel >= 0)
+                store_row(sums + i * 32, bias ? bias + k0 + k : nullptr, count,
+                          static_cast<Y*>(call.y) + pixel * s.K + k0 + k);
+            }
+          }
+        }
+      }
+    }
+    _tile_release();
+  }
+}
+
+}  // namespace
+
+void VPNS_RUN_AMX(const AmxPlan& plan, const ConvCall& call, int64_t first_image, int64_t images) {
+  if (call.y_dtype == DType::kBF16) run_amx_typed<uint16_t>(plan, call, first_image, images);
+  else run_amx_typed<float>(plan, call, first_image, images);
+}
+
+namespace {

@@ -1,0 +1,42 @@
+"""Builds the native library: setup.py hands the whole of csrc to CMake, which hands it to ninja."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configure once, then build incrementally; the library lands inside the package."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DVPNS_OUTPUT={target}",
+        ]  # fmt: skip
+        environment = dict(os.environ)
+        # The cmake and ninja of the virtual environment, not whichever the system has.
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        quiet = {"stdout": subprocess.DEVNULL} if self.verbose == 0 else {}
+        subprocess.run(configure, check=True, env=environment, **quiet)
+        subprocess.run(
+            ["cmake", "--build", str(build_dir), "--target", "_native"], check=True, env=environment, **quiet
+        )
+
+
+setup(ext_modules=[Extension("vpns_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

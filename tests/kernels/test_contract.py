@@ -1,0 +1,99 @@
+"""One suite for all ops: every op × backend × case meets the op's contract.
+
+A new backend or case is tested by being there; this file changes when an op is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import vpns_kernels
+from vpns_kernels import OPS, unpack
+from vpns_kernels.ops.case import Case
+from vpns_kernels.testing import conv_excess, poisoned_memory
+
+ROWS = [
+    pytest.param(op, backend, case, id=f"{op.name}-{backend}-{case.name}")
+    for op in OPS.values()
+    for backend in op.backends
+    for case in op.cases()
+]
+
+
+def check_select_threshold(args: dict[str, Any], result: Any) -> None:
+    """Exactly `kept` entries: those above the threshold and `ties_kept` of those equal to it."""
+    threshold, ties_kept, kept = result
+    magnitude = torch.cat([tensor.flatten() for tensor in args["scores"]]).abs()
+    assert kept == max(1, int(args["density"] * magnitude.numel() + 0.5))
+    above, equal = int((magnitude > threshold).sum()), int((magnitude == threshold).sum())
+    assert above + int(ties_kept) == kept
+    assert 1 <= int(ties_kept) <= equal
+
+
+def check_sparse_conv2d(args: dict[str, Any], y: Any) -> None:
+    """Within the error bound, in the input's dtype, channels_last."""
+    weight = unpack(args["values"], args["layout"], args["geometry"])
+    assert y.dtype == args["x"].dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert conv_excess(y, args["x"], weight, args["bias"], args["geometry"]) <= 1
+
+
+CHECKS: dict[str, Callable[[dict[str, Any], Any], None]] = {
+    "select_threshold": check_select_threshold,
+    "sparse_conv2d": check_sparse_conv2d,
+}
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    with poisoned_memory():
+        yield
+
+
+def run(name: str, args: dict[str, Any], backend: str) -> Any:
+    return getattr(vpns_kernels, name)(**args, backend=backend)
+
+
+def can_run(op: Any, args: dict[str, Any], backend: str) -> bool:
+    inputs = {
+        "select_threshold": lambda: (args["scores"], 1),
+        "sparse_conv2d": lambda: (args["x"], args["values"]),
+    }
+    return op.module(backend).why_not(*inputs[op.name]()) is None
+
+
+def test_every_op_has_a_check_and_cases() -> None:
+    assert set(CHECKS) == set(OPS)
+    assert all(op.cases() for op in OPS.values())
+
+
+@pytest.mark.parametrize(("op", "backend", "case"), ROWS)
+def test_backend_meets_the_contract_or_says_why_it_cannot(op: Any, backend: str, case: Case) -> None:
+    args = case.build()
+    if can_run(op, args, backend):
+        CHECKS[op.name](args, run(op.name, args, backend))
+    else:
+        assert backend != "reference"
+        with pytest.raises(NotImplementedError, match=f"backend '{backend}' cannot run this: .*'reference'"):
+            run(op.name, args, backend)
+
+
+@pytest.mark.parametrize(("op", "backend", "case"), ROWS)
+def test_inputs_are_left_as_they_were(op: Any, backend: str, case: Case) -> None:
+    args, again = case.build(), case.build()
+    if can_run(op, args, backend):
+        run(op.name, args, backend)
+    leaves, expected = (torch.utils._pytree.tree_leaves(tree) for tree in (args, again))
+    for leaf, original in zip(leaves, expected, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            torch.testing.assert_close(leaf, original, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_an_unknown_backend_is_refused(op: Any) -> None:
+    with pytest.raises(ValueError, match="expected backend in"):
+        run(op.name, op.cases()[0].build(), "fpga")

@@ -1,0 +1,87 @@
+"""Do the native kernels pass their own program, without torch and Python, and stay where they belong?"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# The compiler's own pointer to the handler of exceptions: data, the same in every file.
+HARMLESS = {"DW.ref.__gxx_personality_v0"}
+
+
+def run(*command: str | Path) -> str:
+    """The output of a command of the virtual environment; fails with all of it."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    program = shutil.which(command[0], path=path)
+    assert program is not None, f"{command[0]} is not installed"
+    done = subprocess.run(
+        [program, *command[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": path},
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def build(folder: Path, *options: str) -> Path:
+    """Bring the program up to date in a build folder; gives its path."""
+    import pybind11
+
+    python = (f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *python, *options)
+    run("cmake", "--build", folder, "--target", "kernels_test")
+    return folder / "kernels_test"
+
+
+def assert_passes(program: Path, rounds: int) -> None:
+    output = run(program, str(rounds))
+    last = output.splitlines()[-1]
+    assert re.fullmatch(r"[1-9]\d* passed, 0 failed", last), output
+    for kernel in ("scalar", "select_threshold"):
+        assert re.search(rf"^{kernel}: [1-9]", output, re.MULTILINE), output
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    """The build folder of the native library, so that only the program itself is left to compile."""
+    return ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+
+
+@pytest.fixture(scope="module")
+def program(folder: Path) -> Path:
+    return build(folder)
+
+
+def test_every_native_kernel_passes_150_random_rounds(program: Path) -> None:
+    assert_passes(program, 150)
+
+
+@pytest.mark.usefixtures("program")
+def test_no_code_of_a_stronger_instruction_set_can_leak_into_the_rest(folder: Path) -> None:
+    # The linker keeps one copy of a weak symbol: were it the one compiled for AVX-512, everyone would run it.
+    objects = sorted(folder.glob("CMakeFiles/vpns_cpu.dir/csrc/cpu/isa_*.cpp.o"))
+    assert [path.name for path in objects] == [f"{p.name}.o" for p in sorted(ROOT.glob("csrc/cpu/isa_*.cpp"))]
+    for path in objects:
+        symbols = [
+            line.split(maxsplit=2)[1:] for line in run("nm", "-C", "--defined-only", path).splitlines()
+        ]
+        weak = {name for kind, name in symbols if kind in "VvWwu"} - HARMLESS
+        assert not weak, path.name
+        public = [name for kind, name in symbols if kind.isupper() and name not in HARMLESS]
+        assert public, path.name
+        assert all(name.startswith("vpns::run_") for name in public), (path.name, public)
+
+
+@pytest.mark.long
+def test_every_native_kernel_passes_under_the_sanitizers() -> None:
+    assert_passes(build(ROOT / "build" / "sanitize", "-DVPNS_SANITIZE=ON", "-DVPNS_PYTHON=OFF"), 400)

@@ -1,0 +1,271 @@
+"""Do packed layers equal the dense ones, and does what they keep prepared notice every change?"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vpns_kernels import ConvGeometry, parse_pattern, sparse_conv2d
+from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
+
+SPECS = ["unstructured", "block:4x4", "block:16x16", "channel"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def pruned_conv(spec: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Conv2d, Tensor]:
+    """A convolution with zeros in place, and its mask."""
+    torch.manual_seed(7)
+    conv = nn.Conv2d(24, 16, **({"kernel_size": 3, "padding": 1} | options), dtype=dtype)
+    return conv, prune(conv, spec)
+
+
+def prune(layer: nn.Conv2d | nn.Linear, spec: str) -> Tensor:
+    shape = tuple(layer.weight.shape)
+    if spec == "channel":
+        keep = torch.rand(shape[0]) < 0.6, torch.rand(shape[1]) < 0.6
+        mask = (keep[0][:, None] & keep[1]).view(shape[:2] + (1,) * (len(shape) - 2)).expand(shape)
+    else:
+        pattern = parse_pattern(spec)
+        mask = pattern.expand(torch.rand(pattern.units_shape(shape)) < 0.4, shape)
+    with torch.no_grad():
+        layer.weight.mul_(mask)
+    return mask.contiguous()
+
+
+def sparse_conv(spec: str, dtype: torch.dtype = torch.float32, **options: Any) -> SparseConv2d:
+    conv, mask = pruned_conv(spec, dtype, **options)
+    return SparseConv2d.from_dense(conv, mask, parse_pattern(spec))
+
+
+@torch.no_grad()
+def assert_is_right(layer: SparseConv2d | SparseLinear, x: Tensor, y: Tensor) -> None:
+    """What the op gives for the values as they are, to the last bit; and near what torch gives."""
+    image = x if isinstance(layer, SparseConv2d) else x.reshape(-1, x.shape[-1], 1, 1)
+    by_op = sparse_conv2d(image, layer.values, layer.layout, layer.geometry, layer.bias)
+    assert torch.equal(y, by_op.view(y.shape) if isinstance(layer, SparseLinear) else by_op)
+    truth = layer.to_dense().double()(x.double())
+    tolerance = 2e-2 if y.dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(y.double(), truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stride": 2, "bias": False}, {"kernel_size": 1, "padding": 0}, {"dilation": 2, "stride": (1, 3)}],
+    ids=str,
+)
+def test_a_sparse_convolution_equals_the_dense_one(options: dict[str, Any], spec: str) -> None:
+    conv, mask = pruned_conv(spec, **options)
+    layer = SparseConv2d.from_dense(conv, mask, parse_pattern(spec))
+    x = torch.randn(9, 24, 10, 8)
+    assert torch.equal(layer.dense_weight(), conv.weight.detach())
+    with_grad = layer(x)
+    with torch.no_grad():
+        for y in (with_grad, layer(x), layer(x.contiguous(memory_format=torch.channels_last))):
+            assert_is_right(layer, x, y)
+            assert y.shape == conv(x).shape
+            assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("groups", [2, 24])
+def test_grouped_convolutions_equal_the_dense_one(groups: int) -> None:
+    torch.manual_seed(8)
+    conv = nn.Conv2d(24, 48, 3, padding=1, groups=groups)
+    prune(conv, "unstructured")
+    layer = SparseConv2d.from_dense(conv)
+    with torch.no_grad():
+        x = torch.randn(3, 24, 6, 6)
+        assert_is_right(layer, x, layer(x))
+        assert torch.equal(layer.dense_weight(), conv.weight)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (0, 24)], ids=str)
+def test_a_sparse_linear_equals_the_dense_one(shape: tuple[int, ...], spec: str) -> None:
+    torch.manual_seed(9)
+    linear = nn.Linear(24, 10)
+    layer = SparseLinear.from_dense(linear, prune(linear, spec), parse_pattern(spec))
+    x = torch.randn(shape)
+    with torch.no_grad():
+        y = layer(x)
+        assert y.shape == linear(x).shape
+        assert_is_right(layer, x, y)
+
+
+def test_without_a_mask_the_zeros_are_the_mask() -> None:
+    conv, mask = pruned_conv("unstructured")
+    layer = SparseConv2d.from_dense(conv)
+    assert layer.values.numel() == int(mask.sum())
+    assert layer.density == pytest.approx(float(mask.float().mean()))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_to_dense_gives_the_layer_back_to_the_last_bit(spec: str) -> None:
+    conv, mask = pruned_conv(spec, stride=2, dilation=2)
+    conv.weight.requires_grad_(False)
+    dense = SparseConv2d.from_dense(conv.eval(), mask, parse_pattern(spec)).to_dense()
+    assert ConvGeometry.from_module(dense) == ConvGeometry.from_module(conv)
+    assert torch.equal(dense.weight, conv.weight)
+    assert torch.equal(dense.bias, conv.bias)
+    assert (dense.training, dense.weight.requires_grad, dense.bias.requires_grad) == (False, False, True)
+    assert dense.bias.data_ptr() != conv.bias.data_ptr()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_values_and_layout_travel_in_the_state_dict(spec: str) -> None:
+    layer, x = sparse_conv(spec), torch.randn(2, 24, 6, 6)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        expected = layer(x)
+        other.values.zero_()
+        other.bias.zero_()
+        assert not torch.equal(other(x), expected)
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other(x), expected)
+    assert {"values", "bias"} < set(layer.state_dict())
+    assert len(layer.state_dict()) == 2 + len(layer.layout)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_stands_alone(twin_of: Any) -> None:
+    layer, x = sparse_conv("unstructured"), torch.randn(2, 24, 6, 6)
+    with torch.no_grad():
+        expected = layer(x)
+        twin = twin_of(layer)
+        assert torch.equal(twin(x), expected)
+        twin.values.zero_()
+        assert bool((twin(x) == twin.bias.view(1, -1, 1, 1)).all())
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_layer_can_change_its_dtype(spec: str, dtype: torch.dtype) -> None:
+    layer = sparse_conv(spec)
+    x = torch.randn(17, 24, 7, 7)
+    with torch.no_grad():
+        layer(x)
+        layer.to(dtype)
+        assert layer.values.dtype == layer.bias.dtype == dtype
+        assert all(array.dtype == torch.int32 for array in layer.layout)
+        y = layer(x.to(dtype))
+        assert y.dtype == dtype
+        assert_is_right(layer, x.to(dtype), y)
+
+
+def test_what_is_prepared_notices_every_change_of_the_values() -> None:
+    layer, x = sparse_conv("unstructured"), torch.randn(1, 24, 5, 5)
+    kept = layer.values.detach().clone()
+
+    def assert_is_fresh() -> None:
+        assert_is_right(layer, x, layer(x))
+
+    with torch.no_grad():
+        assert_is_fresh()
+        layer.values.mul_(2)
+        assert_is_fresh()
+        layer.load_state_dict(layer.state_dict() | {"values": kept})
+        assert_is_fresh()
+        # Memory that is freed may be given to the next values, at the same address and of the same version.
+        for scale in range(1, 20):
+            layer.values = nn.Parameter(kept * scale)
+            assert_is_fresh()
+            layer.to(torch.bfloat16).to(torch.float32)
+            assert_is_fresh()
+
+
+def test_training_changes_the_outputs_and_only_kept_weights() -> None:
+    layer, x = sparse_conv("block:4x4"), torch.randn(3, 24, 6, 6)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    masked = layer.dense_weight() == 0
+    for _ in range(3):
+        with torch.no_grad():
+            before = layer(x)
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            after = layer(x)
+        assert not torch.equal(after, before)
+        assert float(after.square().mean()) < float(before.square().mean())
+        assert_is_right(layer, x, after)
+    assert bool((layer.dense_weight()[masked] == 0).all())
+
+
+def test_training_a_sparse_layer_leaves_the_dense_one_alone() -> None:
+    conv, mask = pruned_conv("unstructured")
+    weight, bias = conv.weight.detach().clone(), conv.bias.detach().clone()
+    layer = SparseConv2d.from_dense(conv, mask)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(3.0)
+    assert torch.equal(conv.weight, weight)
+    assert torch.equal(conv.bias, bias)
+
+
+@pytest.mark.parametrize("name", ["x", "values", "bias"])
+def test_each_input_alone_gets_its_gradient(name: str) -> None:
+    layer, x = sparse_conv("unstructured"), torch.randn(2, 24, 5, 5)
+    layer.requires_grad_(False)
+    leaf = x if name == "x" else getattr(layer, name)
+    leaf.requires_grad_()
+    layer(x).square().sum().backward()
+    dense = layer.to_dense()
+    dense_x = x.detach().requires_grad_(name == "x")
+    dense(dense_x).square().sum().backward()
+    if name == "values":
+        grad = dense.weight.grad[layer.dense_weight() != 0]
+        torch.testing.assert_close(leaf.grad, grad, rtol=1e-4, atol=1e-4)
+    else:
+        expected = dense_x.grad if name == "x" else dense.bias.grad
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["unstructured", "block:4x4"])
+def test_four_threads_at_once_get_equal_results(spec: str) -> None:
+    layer = sparse_conv(spec)
+    # More shapes than are kept prepared, so that threads prepare and drop at the same time.
+    inputs = [torch.randn(1 + i % 7, 24, 5 + i % 3, 6) for i in range(60)]
+
+    @torch.no_grad()
+    def run(x: Tensor) -> Tensor:
+        return layer(x)
+
+    expected = [run(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert all(map(torch.equal, pool.map(run, inputs), expected))
+
+
+@torch.no_grad()
+def test_wrong_input_is_a_clear_error() -> None:
+    layer = sparse_conv("unstructured")
+    for shape in ((1, 23, 6, 6), (24, 6, 6), (1, 24, 6), ()):
+        with pytest.raises(ValueError, match=r"sparse_conv2d: expected x \[N, 24, H, W\], got"):
+            layer(torch.randn(shape))
+    with pytest.raises(ValueError, match="at least 3 pixels with padding, got 2"):
+        sparse_conv("unstructured", padding=0)(torch.randn(1, 24, 2, 6))
+    linear = SparseLinear.from_dense(nn.Linear(24, 10))
+    for shape in ((5, 23), (23, 5), ()):
+        with pytest.raises(ValueError, match=r"SparseLinear: expected x \[\.\.\., 24\], got"):
+            linear(torch.randn(shape))
+    for conv in (nn.Conv2d(3, 3, 3, padding="same"), nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")):
+        with pytest.raises(NotImplementedError, match=r"expected (numeric padding|padding_mode 'zeros')"):
+            SparseConv2d.from_dense(conv)
+
+
+def test_a_named_kernel_is_used_or_refused() -> None:
+    conv, mask = pruned_conv("unstructured")
+    x = torch.randn(2, 24, 5, 5)
+    with torch.no_grad():
+        layer = SparseConv2d.from_dense(conv, mask, kernel="scalar")
+        assert layer.kernel_for(x) == "scalar"
+        torch.testing.assert_close(layer(x), conv(x))
+        with pytest.raises(ValueError, match="no kernel named 'fast'"):
+            SparseConv2d.from_dense(conv, mask, kernel="fast")(x)

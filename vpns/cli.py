@@ -1,0 +1,124 @@
+"""What does the command `vpns` do? One sub-command per stage: it does what is missing up to that stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from vpns.config import RunConfig, flatten
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+COMMANDS = {
+    "run": "every stage, from a network to a report",
+    "pretrain": "teach the network letters, or take the weights it is given",
+    "dense": "fine-tune the dense reference",
+    "search": "find mask and prompt",
+    "tune": "train what the mask keeps",
+    "eval": "test, once",
+    "export": "write the artifact",
+    "bench": "time sparse against dense",
+    "report": "write report.md and report.json",
+}
+# What a user can meet: settings, files and data that are not as expected. Anything else is a defect of ours
+# and keeps its traceback.
+_USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, ArithmeticError, RuntimeError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 2 after an error, 130 after Ctrl-C."""
+    try:
+        folder, command, config, is_debug = parse(sys.argv[1:] if arguments is None else arguments)
+    except (ArgumentError, *_USER_ERRORS) as error:
+        return _complain(error)
+    # Importing torch takes a second, which --help and a mistyped option should not.
+    from vpns.observe import Progress
+    from vpns.run import execute
+
+    try:
+        execute(folder, config, "report" if command == "run" else command, [Progress()])
+    except _USER_ERRORS as error:
+        if is_debug:
+            raise
+        return _complain(error)
+    except KeyboardInterrupt:
+        print(f"vpns: interrupted; `vpns {command} {folder}` goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[Path, str, RunConfig, bool]:
+    """Run folder, command, settings, and whether to show tracebacks.
+
+    Without --config, a folder that was begun already gives the settings that the command line does not.
+    """
+    command, chosen = _parse_with({}, arguments)
+    folder = _find_folder(chosen)
+    if chosen.config is None and (folder / "run.json").exists():
+        from vpns.run import load_config
+
+        stored = flatten(load_config(folder).to_dict())
+        command, chosen = _parse_with(stored, arguments)
+    values = chosen.as_dict()
+    config = RunConfig.from_dict({field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
+    return folder, command, config, chosen.debug
+
+
+def _parse_with(defaults: dict[str, Any], arguments: Sequence[str]) -> tuple[str, Namespace]:
+    namespace = _build_parser(arguments, defaults).parse_args(_config_first(arguments))
+    return namespace.command, namespace[namespace.command]
+
+
+def _config_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with --config moved ahead, so that an option overrides the file wherever it stands."""
+    ahead: list[str] = []
+    others: list[str] = []
+    takes_next = False
+    for argument in arguments:
+        is_config = takes_next or argument == "--config" or argument.startswith("--config=")
+        (ahead if is_config else others).append(argument)
+        takes_next = argument == "--config"
+    return others[:1] + ahead + others[1:]
+
+
+def _build_parser(arguments: Sequence[str], defaults: dict[str, Any]) -> ArgumentParser:
+    """Every sub-command; only those among the arguments get their settings, which take long to add."""
+    parser = ArgumentParser(
+        prog="vpns",
+        description="Prune a vision network with a visual prompt, and measure what that gains.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subcommands(dest="command")
+    for name, help_text in COMMANDS.items():
+        command = ArgumentParser(exit_on_error=False)
+        command.add_argument("--config", action="config", help="YAML file of settings; options override it")
+        command.add_argument("folder", nargs="?", help="run folder; made if it is missing")
+        command.add_argument("--run-folder", "--run_folder", dest="run_folder", help="the same, as an option")
+        command.add_argument("--debug", action="store_true", help="show where an error comes from")
+        if name in arguments:
+            command.add_class_arguments(RunConfig, nested_key=None)
+            command.set_defaults(defaults)
+        commands.add_subcommand(name, command, help=help_text)
+    return parser
+
+
+def _find_folder(chosen: Namespace) -> Path:
+    if (chosen.folder is None) == (chosen.run_folder is None):
+        given = "none" if chosen.folder is None else f"{chosen.folder} and {chosen.run_folder}"
+        raise ValueError(f"expected one run folder, got {given} (such as: vpns run runs/demo)")
+    return Path(chosen.folder or chosen.run_folder)
+
+
+def _complain(error: Exception) -> int:
+    if isinstance(error, OSError) and error.strerror:
+        message = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    else:
+        message = str(error) or type(error).__name__
+    print(f"vpns: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_ERROR

@@ -1,0 +1,127 @@
+"""Which network does a stage begin with? Plain, on the run's device, with an earlier stage's weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from vpns.batches import Pass, derive_seed, iterate_epoch
+from vpns.config import PromptConfig, RunConfig
+from vpns.files import read_tensors
+from vpns.label_map import LabelMap, count_predictions, frequency_map, identity_map
+from vpns.methods import find_method
+from vpns.models import build_model, replace_head
+from vpns.prompt import Prompt, build_prompt
+from vpns.stages.context import Context
+
+
+def load_source(context: Context) -> nn.Module:
+    """The network as pretrained, with its own head."""
+    config = context.config
+    network = build_model(replace(config.model, weights=None), config.model.source_classes, config.seed)
+    network.load_state_dict(read_tensors(context.stage_folder("pretrain") / "weights.safetensors"))
+    return network
+
+
+def load_start(context: Context) -> nn.Module:
+    """The pretrained network as the task begins with it: where the label map is a new head, it has one."""
+    return _fit_head(context, load_source(context))
+
+
+def load_trained(context: Context, stage: str) -> nn.Module:
+    """The plain network that "dense" or "tune" ended with; zeros where weights are pruned."""
+    config = context.config
+    network = build_model(replace(config.model, weights=None), config.model.source_classes, config.seed)
+    network = _fit_head(context, network)
+    network.load_state_dict(read_tensors(context.stage_folder(stage) / "weights.safetensors"))
+    return network
+
+
+def effective_prompt(config: RunConfig) -> PromptConfig:
+    """The prompt's settings as the method uses them: without a prompt, images fill the canvas."""
+    is_prompted = find_method(config.method).is_prompted
+    return config.prompt if is_prompted else replace(config.prompt, kind="none")
+
+
+def make_prompt(context: Context, tensors: dict[str, Tensor] | None = None) -> Prompt:
+    """The run's prompt, at its start or with an earlier stage's values."""
+    prompt = build_prompt(effective_prompt(context.config))
+    if tensors is not None:
+        prompt.load_state_dict(tensors)
+    return prompt.to(context.device)
+
+
+def plain_prompt(context: Context) -> Prompt:
+    """Images on the whole canvas, normalised."""
+    return build_prompt(replace(context.config.prompt, kind="none")).to(context.device)
+
+
+def stage_passes(config: RunConfig, stage: str) -> tuple[Pass, ...]:
+    """The updates of one iteration of search or tune.
+
+    Released, as published: a prompted batch as at test time, then a plain augmented one. Framed: a prompted
+    augmented batch, and a plain augmented one if the stage asks for two passes.
+    """
+    is_prompted = config.prompt.prompt_in in ("both", stage)
+    plain = Pass(prompted=False, augmented=True)
+    if config.prompt.variant == "released":
+        return Pass(is_prompted, augmented=False), plain
+    settings = config.search if stage == "search" else config.tune
+    return (Pass(is_prompted, augmented=True), plain)[: settings.passes]
+
+
+def is_prompted_at_inference(config: RunConfig) -> bool:
+    """Whether the run's own accuracy is the one with the prompt."""
+    if config.prompt.at_inference is not None:
+        return config.prompt.at_inference
+    return config.prompt.variant == "framed" and config.prompt.prompt_in in ("both", "tune")
+
+
+def find_label_map(context: Context, network: nn.Module, prompt: Prompt, stage: str) -> LabelMap:
+    """The run's label map for a network as it stands, counted on augmented training images as published."""
+    config, classes = context.config, len(context.images.class_names)
+    if config.label_map.kind == "head":
+        return LabelMap()
+    if config.label_map.kind == "identity":
+        return LabelMap(identity_map(config.model.source_classes, classes)).to(context.device)
+    is_prompted = stage_passes(config, stage)[0].prompted
+    batches = iterate_epoch(
+        context.images.train,
+        (Pass(is_prompted, augmented=True),),
+        (f"{stage}/label_map", 0, 0),
+        256,
+        prompt.image_size,
+        config.data,
+        config.seed,
+    )
+    inputs = ((prompt(batch.images, batch.prompted), batch.labels) for (batch,) in batches)
+    return LabelMap(frequency_map(count_predictions(network, inputs, classes))).to(context.device)
+
+
+def label_map_to_list(label_map: LabelMap) -> list[int] | None:
+    """As a stage's record holds it."""
+    return None if label_map.sequence is None else [int(source) for source in label_map.sequence]
+
+
+def label_map_from_list(sequence: list[int] | None) -> LabelMap:
+    """The inverse of label_map_to_list."""
+    return LabelMap(None if sequence is None else torch.tensor(sequence))
+
+
+def changing_tensors(*modules: tuple[str, nn.Module]) -> dict[str, Tensor]:
+    """What training may change, live, by prefixed name: parameters that learn, and buffers."""
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in modules:
+        tensors |= {f"{prefix}{n}": p for n, p in module.named_parameters() if p.requires_grad}
+        persistent = module.state_dict(keep_vars=True)
+        tensors |= {f"{prefix}{n}": b for n, b in module.named_buffers() if n in persistent}
+    return tensors
+
+
+def _fit_head(context: Context, network: nn.Module) -> nn.Module:
+    if context.config.label_map.kind != "head":
+        return network.to(context.device)
+    seed = derive_seed(context.config.seed, "head")
+    return replace_head(network, len(context.images.class_names), seed).to(context.device)

@@ -1,0 +1,22 @@
+"""Pack a masked layer and run it: patterns, formats, ops and their kernels. Usable without the trainer."""
+
+from vpns_kernels.formats import Packed, pack, unpack
+from vpns_kernels.geometry import ConvGeometry, PromptGeometry
+from vpns_kernels.ops import OPS, select_threshold, sparse_conv2d
+from vpns_kernels.patterns import Pattern, parse_pattern
+from vpns_kernels.refresh import Refresh, refresh_mask
+
+__all__ = [
+    "OPS",
+    "ConvGeometry",
+    "Packed",
+    "Pattern",
+    "PromptGeometry",
+    "Refresh",
+    "pack",
+    "parse_pattern",
+    "refresh_mask",
+    "select_threshold",
+    "sparse_conv2d",
+    "unpack",
+]

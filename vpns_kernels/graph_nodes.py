@@ -1,0 +1,87 @@
+"""What does a node of a traced network do to the channels of an activation?"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+_POINTWISE: tuple[type[nn.Module], ...] = (
+    nn.BatchNorm2d,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Tanh,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+)
+_POOLS: tuple[type[nn.Module], ...] = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_POINTWISE_CALLS = {F.relu, F.relu6, torch.relu, F.silu, F.gelu, F.hardswish}
+_POOL_CALLS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+_ADDS = {operator.add, operator.iadd, torch.add}
+
+
+def is_add(node: fx.Node) -> bool:
+    """Whether the node adds, two activations or one and a number."""
+    return (node.op == "call_function" and node.target in _ADDS) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    )
+
+
+def is_pointwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the node maps each entry alone, or by what is its channel's: batch norm, activation, add."""
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _POINTWISE)
+    called = node.op == "call_function" and node.target in _POINTWISE_CALLS
+    return called or is_add(node) or (node.op == "call_method" and node.target in ("relu", "relu_"))
+
+
+def is_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the node works on each channel's pixels alone: pooling, or the mean over them."""
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _POOLS)
+    if node.op == "call_method" and node.target == "mean":
+        axes = _argument(node, "dim")
+        return axes in ((2, 3), [2, 3], (-2, -1), [-2, -1])
+    return node.op == "call_function" and node.target in _POOL_CALLS
+
+
+def is_flatten(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the node lays out each channel's pixels one after the other, channel by channel."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return isinstance(module, nn.Flatten) and module.start_dim == 1
+    is_call = node.op == "call_function" and node.target is torch.flatten
+    is_call = is_call or (node.op == "call_method" and node.target == "flatten")
+    return is_call and bool(_argument(node, "start_dim") == 1)
+
+
+def is_dropout(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the node is an identity but for chance."""
+    kinds = (nn.Dropout, nn.Dropout2d, nn.Identity)
+    return node.op == "call_module" and isinstance(modules[str(node.target)], kinds)
+
+
+def is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the node has weights of its own, by channel."""
+    return node.op == "call_module" and isinstance(
+        modules[str(node.target)], nn.Conv2d | nn.Linear | nn.BatchNorm2d
+    )
+
+
+def is_mixing(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether each output of the node reads every channel of its input."""
+    module = modules[str(node.target)] if node.op == "call_module" else None
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """What a call was given after the activation."""
+    return node.args[1] if len(node.args) > 1 else node.kwargs.get(name)

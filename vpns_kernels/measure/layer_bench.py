@@ -1,0 +1,210 @@
+"""How fast is one layer, sparse against dense? All of its variants in turn, in one process."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpns_kernels.measure.layers import Layer
+from vpns_kernels.measure.opponents import find_opponents
+from vpns_kernels.measure.timing import Sample, compare, interleave
+from vpns_kernels.ops import select_threshold
+from vpns_kernels.patterns import Channel, Pattern
+from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
+
+# An output further from dense than this share of the largest is no rounding.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+_GEMM_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One sparse form of a layer."""
+
+    pattern: Pattern
+    density: float
+    dtype: torch.dtype
+    seed: int = 0
+
+
+@torch.no_grad()
+def bench_layer(
+    layer: Layer, batch: int, variants: Sequence[Variant], opponents: Iterable[str], rounds: int
+) -> list[dict[str, Any]]:
+    """A row for each variant, all timed in turn with the dense engines.
+
+    Raises:
+        RuntimeError: an engine that is not there, or a variant whose outputs are not those of the layer.
+    """
+    x, dense = _input(layer, batch), _start(layer)
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for name, opponent in find_opponents(dense, x, opponents).items():
+        if opponent.call is None:
+            raise RuntimeError(f"bench_layer: expected {name!r}, got: {opponent.why_not}")
+        calls[name] = opponent.call
+    engines = list(calls)
+    masks = [_mask(layer, dense, variant) for variant in variants]
+    sparse = [_pack(dense, mask, variant) for mask, variant in zip(masks, variants, strict=True)]
+    inputs = {variant.dtype: x.to(variant.dtype) for variant in variants}
+    for number, (variant, mask) in enumerate(zip(variants, masks, strict=True)):
+        calls[f"sparse {number}"] = _without_grad(sparse[number], inputs[variant.dtype])
+        _check(layer, dense, mask, inputs[variant.dtype], calls[f"sparse {number}"]())
+    samples = interleave(calls, rounds)
+    timed = {name: samples[name] for name in engines}
+    return [
+        _row(layer, batch, variant, mask, module, inputs[variant.dtype], samples[f"sparse {number}"], timed)
+        for number, (variant, mask, module) in enumerate(zip(variants, masks, sparse, strict=True))
+    ]
+
+
+def bench_selection(layers: Sequence[Layer], density: float, rounds: int) -> dict[str, Any]:
+    """select_threshold over a network's scores against what the published code does: cat, abs, kthvalue."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [layer.geometry.weight_shape for layer in layers for _ in range(layer.count)]
+    scores = [torch.randn(shape, generator=generator) for shape in shapes]
+    total = sum(tensor.numel() for tensor in scores)
+    pruned = int((1 - density) * total)
+
+    def published() -> Tensor:
+        return torch.cat([tensor.abs().flatten() for tensor in scores]).kthvalue(pruned).values
+
+    def ours() -> Tensor:
+        return select_threshold(scores, kept=total - pruned)[0]
+
+    if float(ours()) <= float(published()):
+        raise RuntimeError("bench_selection: expected the smallest kept above the largest pruned magnitude")
+    samples = interleave({"torch.kthvalue": published, "select_threshold": ours}, rounds)
+    ratio = compare(samples["torch.kthvalue"], samples["select_threshold"])
+    return {
+        "scores": total,
+        "density": density,
+        **{name: sample.to_dict() for name, sample in samples.items()},
+        "speedup": ratio.median,
+        "speedup_low": ratio.low,
+        "speedup_high": ratio.high,
+    }
+
+
+def measure_ceilings() -> dict[str, float]:
+    """GFLOP/s of torch's matrix product by dtype, all threads together: what this machine can do at all."""
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype) for _ in range(2))
+        times = []
+        for _ in range(6):
+            started = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - started)
+        rates[str(dtype)[6:]] = 2e-9 * _GEMM_SIZE**3 / min(times)
+    return rates
+
+
+def _input(layer: Layer, batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    if layer.is_linear:
+        return torch.randn(batch, layer.geometry.in_channels, generator=generator)
+    x = torch.randn(batch, layer.geometry.in_channels, layer.height, layer.width, generator=generator)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _start(layer: Layer) -> nn.Conv2d | nn.Linear:
+    """He-scaled weights, as sparse and dense share them."""
+    dense = layer.build()
+    nn.init.kaiming_normal_(dense.weight, generator=torch.Generator().manual_seed(2))
+    return dense.eval()
+
+
+def _mask(layer: Layer, dense: nn.Conv2d | nn.Linear, variant: Variant) -> Tensor:
+    """Exactly round-half-up(density · units) units, drawn uniformly; of channels the square root each way."""
+    generator = torch.Generator().manual_seed(variant.seed)
+    shape = tuple(dense.weight.shape)
+    if isinstance(variant.pattern, Channel):
+        kept = [_draw((size,), math.sqrt(variant.density), generator) for size in shape[:2]]
+        return (
+            (kept[0][:, None] & kept[1]).view(*shape[:2], *(1 for _ in shape[2:])).expand(shape).contiguous()
+        )
+    units = _draw(variant.pattern.units_shape(shape), variant.density, generator)
+    return variant.pattern.expand(units, shape).contiguous()
+
+
+def _draw(shape: tuple[int, ...], density: float, generator: torch.Generator) -> Tensor:
+    units = torch.zeros(math.prod(shape), dtype=torch.bool)
+    kept = max(1, math.floor(density * units.numel() + 0.5))
+    units[torch.randperm(units.numel(), generator=generator)[:kept]] = True
+    return units.view(shape)
+
+
+def _pack(dense: nn.Conv2d | nn.Linear, mask: Tensor, variant: Variant) -> SparseConv2d | SparseLinear:
+    if isinstance(dense, nn.Conv2d):
+        return SparseConv2d.from_dense(dense, mask, variant.pattern, variant.dtype).eval()
+    return SparseLinear.from_dense(dense, mask, variant.pattern, variant.dtype).eval()
+
+
+def _check(layer: Layer, dense: nn.Conv2d | nn.Linear, mask: Tensor, x: Tensor, y: Tensor) -> None:
+    """A figure of a wrong result is worth nothing."""
+    masked = layer.build()
+    masked.weight.copy_(dense.weight * mask)
+    expected = masked(x.float())
+    error = float((y.float() - expected).abs().max() / expected.abs().max())
+    if not error <= _TOLERANCE[x.dtype]:
+        raise RuntimeError(
+            f"bench_layer: expected the outputs of {layer.name}, got a relative error of {error}"
+        )
+
+
+def _without_grad(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with torch.no_grad():
+            result: Tensor = module(x)
+            return result
+
+    return call
+
+
+def _row(
+    layer: Layer,
+    batch: int,
+    variant: Variant,
+    mask: Tensor,
+    module: SparseConv2d | SparseLinear,
+    x: Tensor,
+    sample: Sample,
+    engines: dict[str, Sample],
+) -> dict[str, Any]:
+    g = layer.geometry
+    flops = g.flops(batch, layer.height, layer.width)
+    real_density = float(mask.float().mean())
+    best = min(engines, key=lambda name: engines[name].median_ms)
+    ratios = {name: compare(engine, sample) for name, engine in engines.items()}
+    return {
+        "layer": layer.name,
+        "count": layer.count,
+        "in_channels": g.in_channels,
+        "out_channels": g.out_channels,
+        "kernel_size": list(g.kernel_size),
+        "stride": g.stride[0],
+        "padding": g.padding[0],
+        "groups": g.groups,
+        "height": layer.height,
+        "width": layer.width,
+        "batch": batch,
+        "pattern": variant.pattern.spec,
+        "density": variant.density,
+        "weight_density": real_density,
+        "dtype": str(variant.dtype)[6:],
+        "seed": variant.seed,
+        "kernel": module.kernel_for(x),
+        "sparse": sample.to_dict(),
+        "dense": {name: engine.to_dict() for name, engine in engines.items()},
+        "ratios": {name: {"median": r.median, "low": r.low, "high": r.high} for name, r in ratios.items()},
+        "best_dense": best,
+        "speedup": ratios[best].median,
+        "gflops_dense_equivalent": flops / sample.median_ms / 1e6,
+        "gflops_effective": real_density * flops / sample.median_ms / 1e6,
+    }

@@ -1,0 +1,86 @@
+"""Against what is it measured? Dense engines, each ready to call or with the reason why it is not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """A dense engine that holds one network and one input; either `call` or `why_not` is None."""
+
+    name: str
+    call: Call | None
+    why_not: str | None = None
+
+
+def find_opponents(network: nn.Module, x: Tensor, names: Iterable[str] | None = None) -> dict[str, Opponent]:
+    """Dense engines for a network (or one layer) and its input, by name, in the order of the names.
+
+    Args:
+        network: in any mode; it is copied, the copy put in eval mode, channels_last and the engine's dtype.
+        x: [N, C, H, W] or [N, C].
+        names: of OPPONENTS; all of them by default. The compiled ones take seconds to minutes to get ready.
+
+    Raises:
+        ValueError: a name that no engine has.
+    """
+    wanted = tuple(OPPONENTS if names is None else names)
+    if unknown := [name for name in wanted if name not in OPPONENTS]:
+        raise ValueError(f"find_opponents: expected names of {list(OPPONENTS)}, got {unknown}")
+    return {name: OPPONENTS[name](name, network, x) for name in wanted}
+
+
+def _eager(name: str, network: nn.Module, x: Tensor) -> Opponent:
+    cast, given = _cast(network, x, _dtype(name))
+    return Opponent(name, _without_grad(cast, given))
+
+
+def _compiled(name: str, network: nn.Module, x: Tensor) -> Opponent:
+    cast, given = _cast(network, x, _dtype(name))
+    # Frozen weights are laid out and folded once: the fastest that the compiler offers for inference.
+    compiled = torch.compile(cast, options={"freezing": True})
+    call = _without_grad(compiled, given)
+    try:
+        call()
+    except RuntimeError as error:
+        # The compiler's own errors derive from it: no C++ compiler, an op that it cannot lower.
+        return Opponent(name, None, f"torch.compile stopped: {' '.join(str(error).split())[:200]}")
+    return Opponent(name, call)
+
+
+OPPONENTS: dict[str, Callable[[str, nn.Module, Tensor], Opponent]] = {
+    "torch float32": _eager,
+    "torch bfloat16": _eager,
+    "torch.compile float32": _compiled,
+    "torch.compile bfloat16": _compiled,
+}
+
+
+def _dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name.split()[-1]]
+
+
+def _cast(network: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    cast = copy.deepcopy(network).eval().to(dtype)
+    # Not module.to(memory_format): a Conv3d or a 4-D buffer of its own meaning would change too.
+    for module in cast.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    given = x.detach().to(dtype)
+    return cast, given.contiguous(memory_format=torch.channels_last) if given.dim() == 4 else given
+
+
+def _without_grad(network: Callable[[Tensor], Tensor], x: Tensor) -> Call:
+    def call() -> Tensor:
+        with torch.no_grad():
+            return network(x)
+
+    return call

@@ -1,0 +1,7 @@
+"""The ops: each folder holds a door, a dense reference, cases and backends."""
+
+from vpns_kernels.ops.registry import OPS, Op
+from vpns_kernels.ops.select_threshold import select_threshold
+from vpns_kernels.ops.sparse_conv2d import sparse_conv2d
+
+__all__ = ["OPS", "Op", "select_threshold", "sparse_conv2d"]

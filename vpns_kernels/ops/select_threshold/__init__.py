@@ -1,0 +1,60 @@
+"""select_threshold: the exact k-th largest magnitude over a list of tensors, without a sort."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vpns_kernels.ops.registry import call, register_op
+from vpns_kernels.ops.select_threshold import cpu, reference
+
+__all__ = ["select_threshold"]
+
+_OP = register_op("select_threshold", {"cpu": cpu, "reference": reference})
+
+
+def select_threshold(
+    scores: Sequence[Tensor], density: float | None = None, *, kept: int | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor, int]:
+    """The magnitude at which a global mask of the given density cuts.
+
+    Args:
+        scores: tensors of any shapes, one dtype and device.
+        density: kept fraction in (0, 1]; round-half-up(density · n) entries are kept. Or give `kept` itself.
+
+    Returns:
+        threshold: 0-dim tensor, the smallest kept magnitude.
+        ties_kept: 0-dim int64 tensor, how many entries equal to the threshold are kept.
+        kept: how many entries are kept in all.
+
+    Raises:
+        ValueError: no scores, a count outside [1, n], or a NaN among the scores.
+
+    Example:
+        >>> threshold, ties_kept, kept = select_threshold([torch.tensor([3.0, -1.0, 1.0, 0.5])], 0.5)
+        >>> float(threshold), int(ties_kept), kept
+        (1.0, 1, 2)
+    """
+    tensors = [tensor.detach() for tensor in scores]
+    total = sum(tensor.numel() for tensor in tensors)
+    if total == 0:
+        raise ValueError("select_threshold: expected at least one score, got none")
+    if len({(tensor.dtype, tensor.device) for tensor in tensors}) != 1:
+        raise TypeError("select_threshold: expected scores of one dtype and device")
+    if (density is None) == (kept is None):
+        raise ValueError("select_threshold: expected either density or kept")
+    if density is not None:
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"select_threshold: expected a density in (0, 1], got {density}")
+        kept = max(1, math.floor(density * total + 0.5))
+    assert kept is not None
+    if not 1 <= kept <= total:
+        raise ValueError(f"select_threshold: expected 1 <= kept <= {total}, got {kept}")
+    resolved = _OP.resolve(backend, tensors, kept)
+    threshold, ties_kept = call("select_threshold")(tensors, kept, resolved)
+    if not torch.compiler.is_compiling() and bool(threshold.isnan()):
+        raise ValueError("select_threshold: expected scores without NaN, got NaN")
+    return threshold, ties_kept, kept

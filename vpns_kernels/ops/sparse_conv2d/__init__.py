@@ -1,0 +1,76 @@
+"""sparse_conv2d: a 2-D convolution whose weight is packed, whatever its pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpns_kernels import schemas
+from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.ops.registry import call, register_op
+from vpns_kernels.ops.sparse_conv2d import compact, cpu, reference
+
+__all__ = ["sparse_conv2d"]
+
+_OP = register_op("sparse_conv2d", {"cpu": cpu, "compact": compact, "reference": reference})
+schemas.LIBRARY.impl("sparse_conv2d_backward", reference.run_backward, "CompositeExplicitAutograd")
+
+
+def sparse_conv2d(
+    x: Tensor,
+    values: Tensor,
+    layout: Sequence[Tensor],
+    geometry: ConvGeometry,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolve with a packed weight; differentiable once in x, values and bias.
+
+    Args:
+        x: [N, C, H, W], any strides; float32, bfloat16 or float64.
+        values, layout: from `formats.pack`, in the dtype of x (float32 values also go with bfloat16 x).
+        bias: [K] in the dtype of the values, or None.
+        backend: "cpu", "compact" (channel weights), "reference", or "auto" for the first that can.
+
+    Returns:
+        [N, K, P, Q] in the dtype of x, channels_last. What a masked weight hides stays hidden: NaN or
+        infinity in an input reaches only outputs that a kept weight connects with it.
+
+    Raises:
+        ValueError: shapes that do not fit the geometry, or a layout that does not describe it.
+        NotImplementedError: the backend asked for cannot run this; says why.
+    """
+    if x.dim() != 4 or x.shape[1] != geometry.in_channels:
+        raise ValueError(f"sparse_conv2d: expected x [N, {geometry.in_channels}, H, W], got {list(x.shape)}")
+    if bias is not None and tuple(bias.shape) != (geometry.out_channels,):
+        raise ValueError(f"sparse_conv2d: expected bias [{geometry.out_channels}], got {list(bias.shape)}")
+    geometry.output_size(x.shape[2], x.shape[3])
+    g = geometry
+    args = (x, values, list(layout), bias, g.weight_shape, g.stride, g.padding, g.dilation, g.groups)
+    result: Tensor = call("sparse_conv2d")(*args, _OP.resolve(backend, *args))
+    return result
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, layout, bias, *geometry, _ = inputs
+    ctx.save_for_backward(x, values, *layout)
+    ctx.geometry = geometry
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    if grad.requires_grad:
+        raise NotImplementedError("sparse_conv2d: expected a first derivative, got a request for the second")
+    x, values, *layout = ctx.saved_tensors
+    grad_x = grad_values = grad_bias = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        grad_x, grad_values = call("sparse_conv2d_backward")(grad, x, values, layout, *ctx.geometry)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
+    return grad_x, grad_values, [None] * len(layout), grad_bias, *(None,) * 6
+
+
+torch.library.register_autograd("vpns::sparse_conv2d", _backward, setup_context=_save, lib=schemas.LIBRARY)

@@ -1,0 +1,102 @@
+"""Layers that a sparse convolution can get wrong: strides, edges, groups and densities that differ inside."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpns_kernels.formats import pack
+from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.ops.case import Case
+from vpns_kernels.patterns import Channel, parse_pattern
+
+_GEOMETRIES: dict[str, tuple[ConvGeometry, tuple[int, int, int]]] = {
+    "3x3": (ConvGeometry(32, 32, (3, 3), padding=(1, 1)), (2, 14, 14)),
+    "3x3_batch_in_lanes": (ConvGeometry(32, 48, (3, 3), padding=(1, 1)), (19, 7, 7)),
+    "3x3_stride_2": (ConvGeometry(32, 64, (3, 3), (2, 2), (1, 1)), (16, 13, 14)),
+    "3x3_stride_3_dilation_2": (ConvGeometry(16, 32, (3, 3), (3, 3), (2, 2), (2, 2)), (3, 17, 19)),
+    "mixed_stride_and_padding": (ConvGeometry(33, 17, (3, 5), (1, 2), (0, 3), (2, 1)), (9, 11, 13)),
+    "1x1": (ConvGeometry(64, 96, (1, 1)), (8, 5, 5)),
+    "1x1_stride_2": (ConvGeometry(64, 32, (1, 1), (2, 2)), (17, 7, 7)),
+    "1x1_padded": (ConvGeometry(16, 16, (1, 1), padding=(1, 1)), (2, 3, 3)),
+    "stem_7x7": (ConvGeometry(3, 64, (7, 7), (2, 2), (3, 3)), (2, 29, 31)),
+    "linear": (ConvGeometry(130, 70, (1, 1)), (33, 1, 1)),
+    "groups_2": (ConvGeometry(64, 64, (3, 3), padding=(1, 1), groups=2), (4, 6, 7)),
+    "one_pixel": (ConvGeometry(32, 32, (3, 3), padding=(1, 1)), (16, 1, 1)),
+    "one_column": (ConvGeometry(8, 16, (3, 1), padding=(1, 0)), (5, 40, 1)),
+    "primes": (ConvGeometry(37, 29, (3, 3), padding=(1, 1)), (7, 11, 23)),
+    "batch_0": (ConvGeometry(32, 32, (3, 3), padding=(1, 1)), (0, 14, 14)),
+    "batch_1": (ConvGeometry(32, 32, (3, 3), padding=(1, 1)), (1, 56, 5)),
+    "depthwise": (ConvGeometry(24, 24, (3, 3), padding=(1, 1), groups=24), (3, 9, 9)),
+    "even_filter": (ConvGeometry(16, 16, (2, 4), padding=(1, 2)), (2, 8, 8)),
+}
+_PATTERNS = ("unstructured", "block:16x16", "block:32x32", "block:8x4", "channel")
+
+
+def _input(geometry: ConvGeometry, size: tuple[int, int, int], memory: str, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    images, height, width = size
+    x = torch.randn(images, geometry.in_channels, height, width, generator=generator).to(dtype)
+    if memory == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if memory == "sliced":
+        # What lies around the slice must not be read.
+        channels = geometry.in_channels
+        large = torch.full((images, height + 3, width + 2, channels + 5), float("nan"), dtype=dtype)
+        view = large[:, 1 : height + 1, 2 : width + 2, 3 : channels + 3].permute(0, 3, 1, 2)
+        return view.copy_(x)
+    return x
+
+
+def _args(
+    shape: str, spec: str, density: float, memory: str, dtype: torch.dtype, has_bias: bool
+) -> dict[str, Any]:
+    geometry, size = _GEOMETRIES[shape]
+    pattern, generator = parse_pattern(spec), torch.Generator().manual_seed(2)
+    weight = torch.randn(geometry.weight_shape, generator=generator).to(dtype)
+    if isinstance(pattern, Channel):
+        kept = [torch.rand(n, generator=generator) < density for n in geometry.weight_shape[:2]]
+        mask = (kept[0][:, None] & kept[1][None, :])[..., None, None].expand_as(weight)
+    else:
+        units = torch.rand(pattern.units_shape(geometry.weight_shape), generator=generator)
+        mask = pattern.expand(units < density, geometry.weight_shape)
+    packed = pack(weight, mask.contiguous(), pattern, geometry)
+    bias = torch.randn(geometry.out_channels, generator=generator).to(dtype) if has_bias else None
+    return {
+        "x": _input(geometry, size, memory, dtype),
+        "values": packed.values,
+        "layout": packed.layout,
+        "geometry": geometry,
+        "bias": bias,
+    }
+
+
+def _fits(shape: str, spec: str) -> bool:
+    grouped = _GEOMETRIES[shape][0].groups > 1
+    return not grouped or spec == "unstructured" or (spec.startswith("block") and shape == "groups_2")
+
+
+_ROWS: list[tuple[str, str, float, str, torch.dtype, bool]] = [
+    (shape, spec, 0.2, "channels_last", torch.float32, False)
+    for shape in _GEOMETRIES
+    for spec in _PATTERNS
+    if _fits(shape, spec)
+]
+for _spec in _PATTERNS:
+    _ROWS += [("3x3", _spec, density, "channels_last", torch.float32, True) for density in (0.0, 0.01, 1.0)]
+    _ROWS += [
+        ("3x3_stride_2", _spec, 0.3, memory, torch.float32, True) for memory in ("contiguous", "sliced")
+    ]
+    _ROWS += [(s, _spec, 0.3, "channels_last", torch.bfloat16, True) for s in ("3x3_batch_in_lanes", "1x1")]
+    _ROWS += [("mixed_stride_and_padding", _spec, 0.3, "contiguous", torch.float64, True)]
+
+CASES = [
+    Case(
+        f"{shape}-{spec}-{density:g}-{memory}-{str(dtype)[6:]}{'-bias' if has_bias else ''}",
+        partial(_args, shape, spec, density, memory, dtype, has_bias),
+    )
+    for shape, spec, density, memory, dtype, has_bias in _ROWS
+]

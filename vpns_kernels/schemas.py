@@ -1,0 +1,60 @@
+"""Every torch.library schema and fake kernel of the project, in one place.
+
+A fake kernel gives the shapes, dtypes and strides of the outputs without computing: torch.compile and
+torch.export need nothing else. `backend` is a resolved name, never "auto": the doors in
+ops/<op>/__init__.py resolve it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vpns_kernels.geometry import ConvGeometry, Pair
+
+LIBRARY = torch.library.Library("vpns", "DEF")
+
+LIBRARY.define(
+    "select_threshold(Tensor[] scores, int kept, str backend) -> (Tensor threshold, Tensor ties_kept)"
+)
+LIBRARY.define(
+    "sparse_conv2d(Tensor x, Tensor values, Tensor[] layout, Tensor? bias, int[4] weight_shape, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, str backend) -> Tensor"
+)
+LIBRARY.define(
+    "sparse_conv2d_backward(Tensor grad, Tensor x, Tensor values, Tensor[] layout, int[4] weight_shape, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups) -> (Tensor grad_x, Tensor grad_values)"
+)
+
+
+@torch.library.register_fake("vpns::select_threshold", lib=LIBRARY)
+def _select_threshold(scores: Sequence[Tensor], kept: int, backend: str) -> tuple[Tensor, Tensor]:
+    return scores[0].new_empty(()), scores[0].new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("vpns::sparse_conv2d", lib=LIBRARY)
+def _sparse_conv2d(
+    x: Tensor,
+    values: Tensor,
+    layout: Sequence[Tensor],
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    backend: str,
+) -> Tensor:
+    K, C, R, S = weight_shape
+    geometry = ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
+    P, Q = geometry.output_size(x.shape[2], x.shape[3])
+    return x.new_empty((x.shape[0], K, P, Q)).to(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("vpns::sparse_conv2d_backward", lib=LIBRARY)
+def _sparse_conv2d_backward(
+    grad: Tensor, x: Tensor, values: Tensor, *geometry: object
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(values)
