@@ -32,11 +32,12 @@ class CMakeBuild(build_ext):
         environment = dict(os.environ)
         # The cmake and ninja of the virtual environment, not whichever the system has.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        quiet = {"stdout": subprocess.DEVNULL} if self.verbose == 0 else {}
-        subprocess.run(configure, check=True, env=environment, **quiet)
-        subprocess.run(
-            ["cmake", "--build", str(build_dir), "--target", "_native"], check=True, env=environment, **quiet
-        )
+        build = ["cmake", "--build", str(build_dir), "--target", "_native"]
+        for command in (configure, build):
+            done = subprocess.run(command, env=environment, capture_output=self.verbose == 0, text=True)
+            if done.returncode != 0:
+                print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+                sys.exit(f"setup.py: expected to build csrc, got exit code {done.returncode} of {command[:2]}")
 
 
 setup(ext_modules=[Extension("vpns_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

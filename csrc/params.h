@@ -8,29 +8,43 @@
 
 namespace vpns {
 
-enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF64 = 2 };
+enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF64 = 2, kF16 = 3 };
+
+// The two half types by their bits, so that no kernel takes one for the other.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
 
 // How kept weights lie in memory (vpns_kernels/formats).
-enum class Format : int32_t { kUnstructured = 0, kBlock = 1 };
+enum class Format : int32_t { kUnstructured = 0, kBlock = 1, kChannel = 2 };
+
+// What the outputs pass through last.
+enum class Act : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2 };
 
 struct ConvShape {
   int64_t N, C, H, W, K, R, S, P, Q;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
 };
 
-// Kept weights in their portable order: row k (or block row) holds index[indptr[k]] ... index[indptr[k + 1] - 1],
-// each a flat (c, r, s) (or (block of c, r, s)) inside the group of k.
+// Kept weights in their portable order. Unstructured and block: row k (or block row) holds index[indptr[k]] ...
+// index[indptr[k + 1] - 1], each a flat (c, r, s) (or (block of c, r, s)) inside the group of k. Channel: a smaller dense
+// weight of the `count` output channels in indptr and the `columns` input channels in index.
 struct SparseWeights {
   Format format;
   DType dtype;
-  const void* values;  // [count] or [count, bk, bc]
+  const void* values;  // [count], [count, bk, bc] or [count, columns, R, S]
   const int32_t* indptr;
   const int32_t* index;
   int64_t count;
-  int64_t bk, bc;  // 1, 1 where unstructured
+  int64_t bk, bc;       // 1, 1 where not block
+  int64_t columns = 0;  // of channel weights
 };
 
-// One call: x [N, H, W, C] with contiguous channels and free other strides, y [N, P, Q, K] dense.
+// One call: x [N, H, W, C] with contiguous channels and free other strides, y [N, P, Q, K] dense;
+// y = act(conv(x) + bias + residual), rounded once.
 struct ConvCall {
   const void* x;
   DType x_dtype;
@@ -39,6 +53,8 @@ struct ConvCall {
   DType y_dtype;
   const void* bias;  // [K] in float, or in double where x is double; may be null
   int threads;
+  const void* residual = nullptr;  // [N, P, Q, K] dense, in y's type; may be null
+  Act act = Act::kNone;
 };
 
 }  // namespace vpns

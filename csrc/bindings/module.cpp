@@ -20,7 +20,15 @@ DType dtype(const std::string& name) {
   if (name == "float32") return DType::kF32;
   if (name == "bfloat16") return DType::kBF16;
   if (name == "float64") return DType::kF64;
-  fail("dtype", "float32, bfloat16 or float64", name);
+  if (name == "float16") return DType::kF16;
+  fail("dtype", "float32, bfloat16, float16 or float64", name);
+}
+
+Act activation(const std::string& name) {
+  if (name == "none") return Act::kNone;
+  if (name == "relu") return Act::kRelu;
+  if (name == "relu6") return Act::kRelu6;
+  fail("act", "none, relu or relu6", name);
 }
 
 ConvShape shape(const std::vector<int64_t>& v) {
@@ -32,12 +40,18 @@ struct Weights {
   SparseWeights raw;
 };
 
-Weights weights(uintptr_t values, const std::string& type, uintptr_t indptr, uintptr_t index, int64_t count,
-                const std::vector<int64_t>& block) {
-  const bool is_block = !block.empty();
-  return {{is_block ? Format::kBlock : Format::kUnstructured, dtype(type), pointer<const void>(values),
-           pointer<const int32_t>(indptr), pointer<const int32_t>(index), count, is_block ? block[0] : 1,
-           is_block ? block[1] : 1}};
+// The sizes of values tell the format: [count], [count, bk, bc] or [count, columns, R, S].
+Weights weights(uintptr_t values, const std::string& type, uintptr_t indptr, uintptr_t index,
+                const std::vector<int64_t>& sizes) {
+  check(sizes.size() == 1 || sizes.size() == 3 || sizes.size() == 4, "Weights", "values of 1, 3 or 4 dimensions",
+        sizes.size());
+  const Format format = sizes.size() == 1   ? Format::kUnstructured
+                        : sizes.size() == 3 ? Format::kBlock
+                                            : Format::kChannel;
+  const bool is_block = format == Format::kBlock;
+  return {{format, dtype(type), pointer<const void>(values), pointer<const int32_t>(indptr),
+           pointer<const int32_t>(index), sizes[0], is_block ? sizes[1] : 1, is_block ? sizes[2] : 1,
+           format == Format::kChannel ? sizes[1] : 0}};
 }
 
 }  // namespace
@@ -58,21 +72,23 @@ PYBIND11_MODULE(_native, m) {
       py::arg("data"), py::arg("counts"), py::arg("kept"), py::arg("threads"));
 
   py::class_<Weights>(m, "Weights").def(py::init(&weights), py::arg("values"), py::arg("dtype"), py::arg("indptr"),
-                                        py::arg("index"), py::arg("count"), py::arg("block"));
+                                        py::arg("index"), py::arg("sizes"));
 
   py::class_<PreparedConv>(m, "PreparedConv")
       .def(
           "run",
           [](const PreparedConv& self, uintptr_t x, const std::string& x_type, int64_t stride_n, int64_t stride_h,
-             int64_t stride_w, uintptr_t y, const std::string& y_type, uintptr_t bias, int threads) {
-            const ConvCall call{pointer<const void>(x), dtype(x_type),     stride_n,
-                                stride_h,               stride_w,          pointer<void>(y),
-                                dtype(y_type),          pointer<const void>(bias), threads};
+             int64_t stride_w, uintptr_t y, const std::string& y_type, uintptr_t bias, uintptr_t residual,
+             const std::string& act, int threads) {
+            const ConvCall call{pointer<const void>(x),        dtype(x_type), stride_n,
+                                stride_h,                      stride_w,      pointer<void>(y),
+                                dtype(y_type),                 pointer<const void>(bias), threads,
+                                pointer<const void>(residual), activation(act)};
             py::gil_scoped_release release;
             self.run(call);
           },
           py::arg("x"), py::arg("x_dtype"), py::arg("stride_n"), py::arg("stride_h"), py::arg("stride_w"),
-          py::arg("y"), py::arg("y_dtype"), py::arg("bias"), py::arg("threads"));
+          py::arg("y"), py::arg("y_dtype"), py::arg("bias"), py::arg("residual"), py::arg("act"), py::arg("threads"));
 
   m.def(
       "sparse_conv2d_kernels",

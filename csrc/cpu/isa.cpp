@@ -38,7 +38,7 @@ bool bit(unsigned word, int position) { return (word >> position) & 1u; }
 Features detect() {
   Features found;
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27) || !bit(c, 12)) return found;  // OSXSAVE, FMA
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27) || !bit(c, 12) || !bit(c, 29)) return found;  // OSXSAVE, FMA, F16C
   unsigned low = 0, high = 0;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   const bool os_ymm = (low & 0x6u) == 0x6u;

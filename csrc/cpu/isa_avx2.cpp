@@ -1,4 +1,6 @@
 // Everything that is compiled for AVX2 and FMA.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>

@@ -1,4 +1,6 @@
 // Everything that is compiled for AVX-512 (F, BW, DQ, VL).
+#include <immintrin.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>

@@ -1,4 +1,6 @@
 // The AVX-512 and AMX kernels over AVX2 registers and emulated tiles, so that their logic is tested on lesser machines.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <array>
 #include <cstdint>

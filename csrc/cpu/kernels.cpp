@@ -40,6 +40,17 @@ void check_sparse_conv2d(const ConvShape& s, const SparseWeights& w) {
   check(s.N >= 0 && s.pad_h >= 0 && s.pad_w >= 0, me, "a batch and padding of at least 0", s.N);
   check(s.C % s.groups == 0 && s.K % s.groups == 0, me, "channels divisible by groups", s.groups);
   const int64_t filters = s.K / s.groups, channels = s.C / s.groups;
+  if (w.format == Format::kChannel) {
+    check(s.groups == 1, me, "channel weights without groups", s.groups);
+    const auto check_list = [me](const int32_t* list, int64_t count, int64_t limit) {
+      for (int64_t i = 0; i < count; ++i) {
+        check(list[i] >= 0 && list[i] < limit, me, "channels inside the layer", list[i]);
+        check(i == 0 || list[i - 1] < list[i], me, "strictly ascending channels", list[i]);
+      }
+    };
+    check_list(w.indptr, w.count, s.K);
+    return check_list(w.index, w.columns, s.C);
+  }
   check(s.groups == 1 || filters % w.bk == 0, me, "blocks within a group", w.bk);
   const int64_t rows = s.groups * ((filters + w.bk - 1) / w.bk);
   const int64_t columns = (channels + w.bc - 1) / w.bc * s.R * s.S;

@@ -8,6 +8,7 @@ using Vec8 = float __attribute__((vector_size(32)));
 using Int8 = int32_t __attribute__((vector_size(32)));
 using Word8 = uint32_t __attribute__((vector_size(32)));
 using Half8 = uint16_t __attribute__((vector_size(16)));
+static_assert(sizeof(Bf16) == 2 && sizeof(Fp16) == 2);
 
 // A vector anywhere in an array of floats.
 using LooseVec = Vec __attribute__((aligned(4), may_alias));
@@ -20,14 +21,21 @@ inline Vec8 load8(const float* from) {
   std::memcpy(&v, from, sizeof v);
   return v;
 }
-inline Vec8 load8(const uint16_t* bf16) {
+inline Vec8 load8(const Fp16* from) {
+  return reinterpret_cast<Vec8>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline Vec8 load8(const Bf16* bf16) {
   Half8 half;
   std::memcpy(&half, bf16, sizeof half);
   const Word8 bits = __builtin_convertvector(half, Word8) << 16;
   return __builtin_bit_cast(Vec8, bits);
 }
 inline void store8(float* to, Vec8 v) { std::memcpy(to, &v, sizeof v); }
-inline void store8(uint16_t* to, Vec8 v) {
+inline void store8(Fp16* to, Vec8 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store8(Bf16* to, Vec8 v) {
   const Word8 bits = __builtin_bit_cast(Word8, v);
   const Word8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Word8 quiet_nan = (bits >> 16) | 0x40u;
@@ -37,17 +45,69 @@ inline void store8(uint16_t* to, Vec8 v) {
 }
 
 inline float widen(float value) { return value; }
-inline float widen(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+inline float widen(Fp16 half) { return _cvtsh_ss(half.bits); }
+inline float widen(Bf16 half) {
+  const uint32_t bits = static_cast<uint32_t>(half.bits) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 inline void narrow(float* to, float value) { *to = value; }
-inline void narrow(uint16_t* to, float value) {
+inline void narrow(Fp16* to, float value) { to->bits = static_cast<uint16_t>(_cvtss_sh(value, 0)); }
+inline void narrow(Bf16* to, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  *to = static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  to->bits = static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Where sums go: y = act(sums + residual), rounded once. A NaN stays a NaN, as in torch.
+template <typename Y>
+struct Output {
+  Y* y;
+  const Y* residual;  // by the same index as y; may be null
+  Act act;
+
+  explicit Output(const ConvCall& call)
+      : y(static_cast<Y*>(call.y)), residual(static_cast<const Y*>(call.residual)), act(call.act) {}
+};
+inline Vec8 activate(Vec8 v, Act act) {
+  if (act == Act::kNone) return v;
+  v = v < 0.0f ? Vec8{} : v;
+  return act == Act::kRelu6 ? (v > 6.0f ? Vec8{} + 6.0f : v) : v;
+}
+inline float activate(float v, Act act) {
+  if (act == Act::kNone) return v;
+  v = v < 0.0f ? 0.0f : v;
+  return act == Act::kRelu6 && v > 6.0f ? 6.0f : v;
+}
+template <typename Y>
+void finish8(const Output<Y>& out, int64_t at, Vec8 sums) {
+  if (out.residual != nullptr) sums += load8(out.residual + at);
+  store8(out.y + at, activate(sums, out.act));
+}
+template <typename Y>
+void finish1(const Output<Y>& out, int64_t at, float sum) {
+  if (out.residual != nullptr) sum += widen(out.residual[at]);
+  narrow(out.y + at, activate(sum, out.act));
+}
+template <typename Y>
+void finish_row(const Output<Y>& out, int64_t at, const float* sums, int64_t count) {
+  int64_t k = 0;
+  for (; k + 8 <= count; k += 8) finish8(out, at + k, load8(sums + k));
+  for (; k < count; ++k) finish1(out, at + k, sums[k]);
+}
+
+// Calls body(X{}, Y{}) with the element types of a call that is not in double precision.
+template <typename Body>
+void with_types(const ConvCall& call, const Body& body) {
+  const auto with_x = [&](auto x) {
+    if (call.y_dtype == DType::kBF16) body(x, Bf16{});
+    else if (call.y_dtype == DType::kF16) body(x, Fp16{});
+    else body(x, float{});
+  };
+  if (call.x_dtype == DType::kBF16) with_x(Bf16{});
+  else if (call.x_dtype == DType::kF16) with_x(Fp16{});
+  else with_x(float{});
 }
 
 inline void transpose8(Vec8 r[8]) {

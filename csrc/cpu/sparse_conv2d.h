@@ -15,9 +15,16 @@ inline float bf16_to_float(uint16_t half) {
   return value;
 }
 
-// The i-th stored weight as float (exact for float and bf16).
+inline float fp16_to_float(uint16_t half) {
+  _Float16 value;
+  std::memcpy(&value, &half, sizeof value);
+  return static_cast<float>(value);
+}
+
+// The i-th stored weight as float (exact for float and both halves).
 inline float weight_at(const SparseWeights& weights, int64_t i) {
   if (weights.dtype == DType::kBF16) return bf16_to_float(static_cast<const uint16_t*>(weights.values)[i]);
+  if (weights.dtype == DType::kF16) return fp16_to_float(static_cast<const uint16_t*>(weights.values)[i]);
   return static_cast<const float*>(weights.values)[i];
 }
 

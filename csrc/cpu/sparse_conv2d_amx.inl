@@ -85,28 +85,30 @@ void load_tile_planes(const AmxPlan& plan, const ConvCall& call, int64_t n, int6
 
 #if defined(__AVX512BF16__)
 // 16 sums become bf16 in one instruction; without it the rounding costs more than the tile products at low density.
-inline int64_t store_sixteens(const float* sums, const float* bias, int64_t count, uint16_t* y) {
+inline int64_t store_sixteens(const float* sums, const float* bias, int64_t count, const Output<Bf16>& out, int64_t at) {
+  if (out.residual != nullptr || out.act == Act::kRelu6) return 0;
   int64_t k = 0;
   for (; k + 16 <= count; k += 16) {
-    const __m512 value = _mm512_loadu_ps(sums + k);
-    const __m256bh half = _mm512_cvtneps_pbh(bias ? _mm512_add_ps(value, _mm512_loadu_ps(bias + k)) : value);
-    std::memcpy(y + k, &half, sizeof half);
+    __m512 value = _mm512_loadu_ps(sums + k);
+    if (bias != nullptr) value = _mm512_add_ps(value, _mm512_loadu_ps(bias + k));
+    // The second operand is what a NaN yields: the sum itself.
+    if (out.act == Act::kRelu) value = _mm512_max_ps(_mm512_setzero_ps(), value);
+    const __m256bh half = _mm512_cvtneps_pbh(value);
+    std::memcpy(out.y + at + k, &half, sizeof half);
   }
   return k;
 }
-#else
-inline int64_t store_sixteens(const float*, const float*, int64_t, uint16_t*) { return 0; }
 #endif
-inline int64_t store_sixteens(const float*, const float*, int64_t, float*) { return 0; }
+template <typename Y>
+int64_t store_sixteens(const float*, const float*, int64_t, const Output<Y>&, int64_t) {
+  return 0;
+}
 
 template <typename Y>
-void store_row(const float* sums, const float* bias, int64_t count, Y* y) {
-  int64_t k = store_sixteens(sums, bias, count, y);
-  for (; k + 8 <= count; k += 8) {
-    const Vec8 value = load8(sums + k);
-    store8(y + k, bias ? value + load8(bias + k) : value);
-  }
-  for (; k < count; ++k) narrow(y + k, bias ? sums[k] + bias[k] : sums[k]);
+void store_row(const float* sums, const float* bias, int64_t count, const Output<Y>& out, int64_t at) {
+  int64_t k = store_sixteens(sums, bias, count, out, at);
+  for (; k + 8 <= count; k += 8) finish8(out, at + k, bias ? load8(sums + k) + load8(bias + k) : load8(sums + k));
+  for (; k < count; ++k) finish1(out, at + k, bias ? sums[k] + bias[k] : sums[k]);
 }
 
 // Where the 16 rows of a group go: element index of the output pixel, or -1 where there is none.
@@ -139,6 +141,7 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
   const int64_t parts =
       call.threads == 1 ? 1 : std::clamp<int64_t>(2 * call.threads / std::max<int64_t>(tasks, 1), 1, block_rows);
   const float* bias = static_cast<const float*>(call.bias);
+  const Output<Y> out(call);
 #pragma omp parallel num_threads(call.threads)
   {
     // Sixteen pixels more: the last group of rows may reach past the planes.
@@ -185,8 +188,7 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
             for (int64_t i = 0; i < (two_rows ? 32 : 16); ++i) {
               const int64_t pixel = target[group * kTileRows + i];
               if (pixel >= 0)
-                store_row(sums + i * 32, bias ? bias + k0 + k : nullptr, count,
-                          static_cast<Y*>(call.y) + pixel * s.K + k0 + k);
+                store_row(sums + i * 32, bias ? bias + k0 + k : nullptr, count, out, pixel * s.K + k0 + k);
             }
           }
         }
@@ -199,8 +201,7 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
 }  // namespace
 
 void VPNS_RUN_AMX(const AmxPlan& plan, const ConvCall& call, int64_t first_image, int64_t images) {
-  if (call.y_dtype == DType::kBF16) run_amx_typed<uint16_t>(plan, call, first_image, images);
-  else run_amx_typed<float>(plan, call, first_image, images);
+  with_types(call, [&](auto, auto y) { run_amx_typed<decltype(y)>(plan, call, first_image, images); });
 }
 
 namespace {

@@ -86,13 +86,6 @@ void load_block_planes(const BlockPlan& plan, const ConvCall& call, int64_t n, i
         }
 }
 
-template <typename Y>
-void store_sums(const float* sums, int64_t count, Y* y) {
-  int64_t k = 0;
-  for (; k + 8 <= count; k += 8) store8(y + k, load8(sums + k));
-  for (; k < count; ++k) narrow(y + k, sums[k]);
-}
-
 // All pixels of a task × one row of blocks.
 template <typename Y>
 void run_block_row(const BlockPlan& plan, const ConvCall& call, int64_t row, const float* x, const int64_t* pixel,
@@ -102,6 +95,7 @@ void run_block_row(const BlockPlan& plan, const ConvCall& call, int64_t row, con
   const int64_t k0 = row / rows * filters + row % rows * plan.bk;
   const int64_t wanted = std::min(plan.bk, filters - row % rows * plan.bk);
   const float* bias = static_cast<const float*>(call.bias);
+  const Output<Y> out(call);
   alignas(64) float sums[kBlockPixels * 2 * kLanes];
   for (int64_t k = 0; k < wanted; k += 2 * kLanes) {
     const int64_t count = std::min<int64_t>(wanted - k, 2 * kLanes);
@@ -123,7 +117,7 @@ void run_block_row(const BlockPlan& plan, const ConvCall& call, int64_t row, con
                            count};
       table[size - 1](tile);
       for (int64_t m = 0; m < size; ++m)
-        store_sums(sums + m * 2 * kLanes, count, static_cast<Y*>(call.y) + target[begin + m] * s.K + k0 + k);
+        finish_row(out, target[begin + m] * s.K + k0 + k, sums + m * 2 * kLanes, count);
     }
   }
 }
@@ -176,11 +170,7 @@ void run_block_typed(const BlockPlan& plan, const ConvCall& call) {
 }  // namespace
 
 void VPNS_RUN_BLOCK(const BlockPlan& plan, const ConvCall& call) {
-  const bool x_half = call.x_dtype == DType::kBF16, y_half = call.y_dtype == DType::kBF16;
-  if (x_half && y_half) run_block_typed<uint16_t, uint16_t>(plan, call);
-  else if (x_half) run_block_typed<uint16_t, float>(plan, call);
-  else if (y_half) run_block_typed<float, uint16_t>(plan, call);
-  else run_block_typed<float, float>(plan, call);
+  with_types(call, [&](auto x, auto y) { run_block_typed<decltype(x), decltype(y)>(plan, call); });
 }
 
 namespace {

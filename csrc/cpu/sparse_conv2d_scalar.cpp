@@ -15,10 +15,20 @@ uint16_t to_bf16(float value) {
 
 template <typename X>
 double read(X value) { return value; }
-double read(uint16_t value) { return bf16_to_float(value); }
+double read(Bf16 value) { return bf16_to_float(value.bits); }
+double read(Fp16 value) { return fp16_to_float(value.bits); }
 template <typename Y>
 void write(Y* to, double value) { *to = static_cast<Y>(value); }
-void write(uint16_t* to, double value) { *to = to_bf16(static_cast<float>(value)); }
+void write(Bf16* to, double value) { to->bits = to_bf16(static_cast<float>(value)); }
+void write(Fp16* to, double value) {
+  const _Float16 half = static_cast<_Float16>(static_cast<float>(value));
+  std::memcpy(to, &half, sizeof half);
+}
+double activate(double value, Act act) {
+  if (act == Act::kNone) return value;
+  value = value < 0 ? 0 : value;
+  return act == Act::kRelu6 && value > 6 ? 6 : value;
+}
 
 // One kept weight and where it reads.
 struct Tap {
@@ -33,6 +43,11 @@ class PreparedScalar final : public PreparedConv {
     const int64_t rows_per_group = w.format == Format::kBlock ? (filters + w.bk - 1) / w.bk : filters;
     for (int64_t g = 0; g < s.groups; ++g)
       for (int64_t k = 0; k < filters; ++k) {
+        if (w.format == Format::kChannel) {
+          add_channel_filter(w, k, taps);
+          starts_[k + 1] = static_cast<int64_t>(taps_.size());
+          continue;
+        }
         const int64_t row = g * rows_per_group + k / w.bk, in_block = k % w.bk;
         for (int32_t i = w.indptr[row]; i < w.indptr[row + 1]; ++i) {
           const int64_t first = w.index[i] / taps * w.bc, r = w.index[i] % taps / s.S, col = w.index[i] % s.S;
@@ -45,12 +60,20 @@ class PreparedScalar final : public PreparedConv {
 
   void run(const ConvCall& call) const override {
     if (call.x_dtype == DType::kF64) return run_typed<double, double>(call);
-    if (call.x_dtype == DType::kBF16)
-      return call.y_dtype == DType::kBF16 ? run_typed<uint16_t, uint16_t>(call) : run_typed<uint16_t, float>(call);
-    return call.y_dtype == DType::kBF16 ? run_typed<float, uint16_t>(call) : run_typed<float, float>(call);
+    if (call.x_dtype == DType::kBF16) return run_from<Bf16>(call);
+    if (call.x_dtype == DType::kF16) return run_from<Fp16>(call);
+    run_from<float>(call);
   }
 
  private:
+  void add_channel_filter(const SparseWeights& w, int64_t k, int64_t taps) {
+    const int32_t* row = std::lower_bound(w.indptr, w.indptr + w.count, static_cast<int32_t>(k));
+    if (row == w.indptr + w.count || *row != k) return;
+    for (int64_t j = 0; j < w.columns; ++j)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        taps_.push_back({w.index[j], tap / shape_.S, tap % shape_.S, at(w, ((row - w.indptr) * w.columns + j) * taps + tap)});
+  }
+
   static double at(const SparseWeights& w, int64_t i) {
     return w.dtype == DType::kF64 ? static_cast<const double*>(w.values)[i] : weight_at(w, i);
   }
@@ -60,11 +83,19 @@ class PreparedScalar final : public PreparedConv {
     return call.x_dtype == DType::kF64 ? static_cast<const double*>(call.bias)[k] : static_cast<const float*>(call.bias)[k];
   }
 
+  template <typename X>
+  void run_from(const ConvCall& call) const {
+    if (call.y_dtype == DType::kBF16) return run_typed<X, Bf16>(call);
+    if (call.y_dtype == DType::kF16) return run_typed<X, Fp16>(call);
+    run_typed<X, float>(call);
+  }
+
   template <typename X, typename Y>
   void run_typed(const ConvCall& call) const {
     const ConvShape& s = shape_;
     const X* x = static_cast<const X*>(call.x);
     Y* y = static_cast<Y*>(call.y);
+    const Y* residual = static_cast<const Y*>(call.residual);
 #pragma omp parallel for num_threads(call.threads) schedule(static)
     for (int64_t pixel = 0; pixel < s.N * s.P * s.Q; ++pixel) {
       const int64_t n = pixel / (s.P * s.Q), p = pixel / s.Q % s.P, q = pixel % s.Q;
@@ -77,7 +108,8 @@ class PreparedScalar final : public PreparedConv {
           if (h < 0 || h >= s.H || w < 0 || w >= s.W) continue;
           sum += tap.weight * read(x[n * call.x_stride_n + h * call.x_stride_h + w * call.x_stride_w + tap.c]);
         }
-        write(y + pixel * s.K + k, sum);
+        if (residual != nullptr) sum += read(residual[pixel * s.K + k]);
+        write(y + pixel * s.K + k, activate(sum, call.act));
       }
     }
   }

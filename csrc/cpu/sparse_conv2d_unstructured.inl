@@ -46,9 +46,9 @@ void gather_lanes(const X* const* pixel, int64_t count, float* to, int64_t chann
   }
 }
 
-// Vectors back to pixels: from[k * stride + lane] goes to target[lane][k] (null: not wanted).
+// Vectors back to pixels: from[k * stride + lane] goes to the outputs from target[lane] on (-1: not wanted).
 template <typename Y>
-void scatter_lanes(const float* from, int64_t stride, int64_t count, Y* const* target) {
+void scatter_lanes(const float* from, int64_t stride, int64_t count, const Output<Y>& out, const int64_t* target) {
   for (int half = 0; half < kLanes; half += 8) {
     int64_t k = 0;
     for (; k + 8 <= count; k += 8) {
@@ -56,11 +56,11 @@ void scatter_lanes(const float* from, int64_t stride, int64_t count, Y* const* t
       for (int i = 0; i < 8; ++i) rows[i] = load8(from + (k + i) * stride + half);
       transpose8(rows);
       for (int i = 0; i < 8; ++i)
-        if (target[half + i]) store8(target[half + i] + k, rows[i]);
+        if (target[half + i] >= 0) finish8(out, target[half + i] + k, rows[i]);
     }
     for (; k < count; ++k)
       for (int i = 0; i < 8; ++i)
-        if (target[half + i]) narrow(target[half + i] + k, from[k * stride + half + i]);
+        if (target[half + i] >= 0) finish1(out, target[half + i] + k, from[k * stride + half + i]);
   }
 }
 
@@ -99,17 +99,17 @@ template <typename Y>
 void store_segment(const UnstructuredPlan& plan, const ConvCall& call, const Segment& segment, int64_t n, int64_t p0,
                    int64_t q0, int64_t k0, int64_t count, const float* sums) {
   const ConvShape& s = plan.shape;
-  Y* y = static_cast<Y*>(call.y);
+  const Output<Y> out(call);
   for (int t = 0; t < segment.vectors; ++t) {
-    Y* target[kLanes];
+    int64_t target[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t flat = plan.images_in_lanes ? segment.first + t : segment.first + t * kLanes + lane;
       const int64_t row = flat / plan.planes.cols, col = flat % plan.planes.cols;
       const int64_t p = p0 + row, q = q0 + col, image = plan.images_in_lanes ? n + lane : n;
       const bool wanted = row < plan.planes.tile_p && col < plan.planes.tile_q && p < s.P && q < s.Q;
-      target[lane] = wanted ? y + ((image * s.P + p) * s.Q + q) * s.K + k0 : nullptr;
+      target[lane] = wanted ? ((image * s.P + p) * s.Q + q) * s.K + k0 : -1;
     }
-    scatter_lanes(sums + t * kLanes, segment.vectors * kLanes, count, target);
+    scatter_lanes(sums + t * kLanes, segment.vectors * kLanes, count, out, target);
   }
 }
 
@@ -164,11 +164,7 @@ void run_typed(const UnstructuredPlan& plan, const ConvCall& call, int64_t first
 }  // namespace
 
 void VPNS_RUN_UNSTRUCTURED(const UnstructuredPlan& plan, const ConvCall& call, int64_t first_image, int64_t images) {
-  const bool x_half = call.x_dtype == DType::kBF16, y_half = call.y_dtype == DType::kBF16;
-  if (x_half && y_half) run_typed<uint16_t, uint16_t>(plan, call, first_image, images);
-  else if (x_half) run_typed<uint16_t, float>(plan, call, first_image, images);
-  else if (y_half) run_typed<float, uint16_t>(plan, call, first_image, images);
-  else run_typed<float, float>(plan, call, first_image, images);
+  with_types(call, [&](auto x, auto y) { run_typed<decltype(x), decltype(y)>(plan, call, first_image, images); });
 }
 
 namespace {

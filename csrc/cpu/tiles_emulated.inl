@@ -1,6 +1,12 @@
 // AMX's tile instructions in plain C++, under the names of the compiler's intrinsics: what they do, for machines that
 // cannot. Included inside the anonymous namespace of isa_emulated.cpp.
 
+// Where the compiler has them as macros.
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+
 struct TileConfig {  // as LDTILECFG reads it
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -24,10 +30,10 @@ inline void _tile_stored(int tile, void* to, int64_t stride) {
 inline void _tile_dpbf16ps(int sum, int a, int b) {
   for (int row = 0; row < tile_config.rows[sum]; ++row)
     for (int pair = 0; pair < tile_config.row_bytes[a] / 4; ++pair) {
-      uint16_t x[2];
+      Bf16 x[2];
       std::memcpy(x, &tile_data[a][row][pair * 4], sizeof x);
       for (int column = 0; column < tile_config.row_bytes[sum] / 4; ++column) {
-        uint16_t w[2];
+        Bf16 w[2];
         float value;
         std::memcpy(w, &tile_data[b][pair][column * 4], sizeof w);
         std::memcpy(&value, &tile_data[sum][row][column * 4], sizeof value);

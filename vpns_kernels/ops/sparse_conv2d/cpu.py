@@ -52,7 +52,6 @@ class Prepared:
         sizes = [images, geometry.in_channels, height, width, K, R, S, P, Q]
         sizes += [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
         values = values.detach().contiguous()
-        block = list(values.shape[1:]) if values.dim() == 3 else []
         indptr, index = layout[0].contiguous(), layout[1].contiguous()
         library = native.library()
         weights = library.Weights(
@@ -60,8 +59,7 @@ class Prepared:
             _NAMES[values.dtype],
             indptr.data_ptr(),
             index.data_ptr(),
-            values.shape[0],
-            block,
+            list(values.shape),
         )
         self.kernel: str = library.sparse_conv2d_choose(sizes, weights, _NAMES[x_dtype], kernel)
         self._handle: Any = library.sparse_conv2d_prepare(sizes, weights, _NAMES[x_dtype], kernel)
@@ -89,6 +87,8 @@ class Prepared:
             y.data_ptr(),
             _NAMES[y.dtype],
             0 if bias is None else bias.data_ptr(),
+            0,
+            "none",
             torch.get_num_threads(),
         )
         return y
