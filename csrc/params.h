@@ -55,6 +55,9 @@ struct ConvCall {
   int threads;
   const void* residual = nullptr;  // [N, P, Q, K] dense, in y's type; may be null
   Act act = Act::kNone;
+  // Where not null: three sums of seconds to which the call adds its own, averaged over its threads: laying out the
+  // input, products, finishing and storing the output. Kernels that do not keep count leave them alone.
+  double* phases = nullptr;
 };
 
 }  // namespace vpns

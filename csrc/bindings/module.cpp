@@ -79,16 +79,19 @@ PYBIND11_MODULE(_native, m) {
           "run",
           [](const PreparedConv& self, uintptr_t x, const std::string& x_type, int64_t stride_n, int64_t stride_h,
              int64_t stride_w, uintptr_t y, const std::string& y_type, uintptr_t bias, uintptr_t residual,
-             const std::string& act, int threads) {
+             const std::string& act, int threads, uintptr_t phases) {
             const ConvCall call{pointer<const void>(x),        dtype(x_type), stride_n,
                                 stride_h,                      stride_w,      pointer<void>(y),
                                 dtype(y_type),                 pointer<const void>(bias), threads,
-                                pointer<const void>(residual), activation(act)};
+                                pointer<const void>(residual), activation(act),
+                                pointer<double>(phases)};
             py::gil_scoped_release release;
             self.run(call);
           },
           py::arg("x"), py::arg("x_dtype"), py::arg("stride_n"), py::arg("stride_h"), py::arg("stride_w"),
-          py::arg("y"), py::arg("y_dtype"), py::arg("bias"), py::arg("residual"), py::arg("act"), py::arg("threads"));
+          py::arg("y"), py::arg("y_dtype"), py::arg("bias"), py::arg("residual"), py::arg("act"), py::arg("threads"),
+          py::arg("phases") = 0,
+          "One call; `phases` is 0 or the address of three doubles to which seconds are added: layout, products, stores.");
 
   m.def(
       "sparse_conv2d_kernels",

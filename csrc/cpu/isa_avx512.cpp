@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "cpu/phases.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_block.h"
 #include "cpu/sparse_conv2d_unstructured.h"

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <utility>
 
+#include "cpu/phases.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_amx.h"
 #include "cpu/sparse_conv2d_block.h"

@@ -128,7 +128,8 @@ void run_typed(const UnstructuredPlan& plan, const ConvCall& call, int64_t first
   {
     float* planes = thread_scratch(channels * plan.channel_stride + filters * kMaxSegment * kLanes);
     float* sums = planes + channels * plan.channel_stride;
-#pragma omp for schedule(dynamic, 1)
+    PhaseClock clock(call);
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < tiles * parts; ++task) {
       int64_t rest = task;
       const int64_t part = rest % parts;
@@ -141,6 +142,7 @@ void run_typed(const UnstructuredPlan& plan, const ConvCall& call, int64_t first
       const int64_t n = first_image + rest / s.groups * image_step;
       const int64_t k_begin = filters * part / parts, k_end = filters * (part + 1) / parts;
       load_planes<X>(plan, call, n, p0, q0, g, planes);
+      clock.ends(kLayout);
       for (const Segment& segment : plan.segments) {
         if (plan.images_in_lanes && p0 + segment.first / plan.planes.cols >= s.P) continue;
         const int64_t row = segment.vectors * kLanes;
@@ -155,7 +157,9 @@ void run_typed(const UnstructuredPlan& plan, const ConvCall& call, int64_t first
                 bias ? bias[g * filters + k] : 0.0f);
           }
         }
+        clock.ends(kProducts);
         store_segment<Y>(plan, call, segment, n, p0, q0, g * filters + k_begin, k_end - k_begin, sums);
+        clock.ends(kStores);
       }
     }
   }
