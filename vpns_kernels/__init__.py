@@ -2,7 +2,7 @@
 
 from vpns_kernels.formats import Packed, pack, unpack
 from vpns_kernels.geometry import ConvGeometry, PromptGeometry
-from vpns_kernels.ops import OPS, select_threshold, sparse_conv2d
+from vpns_kernels.ops import OPS, select_threshold, sparse_conv2d, sparse_conv2d_fused
 from vpns_kernels.patterns import Pattern, parse_pattern
 from vpns_kernels.refresh import Refresh, refresh_mask
 
@@ -18,5 +18,6 @@ __all__ = [
     "refresh_mask",
     "select_threshold",
     "sparse_conv2d",
+    "sparse_conv2d_fused",
     "unpack",
 ]

@@ -24,6 +24,11 @@ LIBRARY.define(
     "int[2] stride, int[2] padding, int[2] dilation, int groups, str backend) -> Tensor"
 )
 LIBRARY.define(
+    "sparse_conv2d_fused(Tensor x, Tensor values, Tensor[] layout, Tensor? bias, Tensor? residual, "
+    "int[4] weight_shape, int[2] stride, int[2] padding, int[2] dilation, int groups, str act, "
+    "ScalarType out_dtype, str backend) -> Tensor"
+)
+LIBRARY.define(
     "sparse_conv2d_backward(Tensor grad, Tensor x, Tensor values, Tensor[] layout, int[4] weight_shape, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups) -> (Tensor grad_x, Tensor grad_values)"
 )
@@ -47,10 +52,28 @@ def _sparse_conv2d(
     groups: int,
     backend: str,
 ) -> Tensor:
-    K, C, R, S = weight_shape
-    geometry = ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
-    P, Q = geometry.output_size(x.shape[2], x.shape[3])
-    return x.new_empty((x.shape[0], K, P, Q)).to(memory_format=torch.channels_last)
+    geometry = _geometry(weight_shape, stride, padding, dilation, groups)
+    return _empty_output(x, geometry, x.dtype)
+
+
+@torch.library.register_fake("vpns::sparse_conv2d_fused", lib=LIBRARY)
+def _sparse_conv2d_fused(
+    x: Tensor,
+    values: Tensor,
+    layout: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    act: str,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    geometry = _geometry(weight_shape, stride, padding, dilation, groups)
+    return _empty_output(x, geometry, out_dtype)
 
 
 @torch.library.register_fake("vpns::sparse_conv2d_backward", lib=LIBRARY)
@@ -58,3 +81,17 @@ def _sparse_conv2d_backward(
     grad: Tensor, x: Tensor, values: Tensor, *geometry: object
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(values)
+
+
+def _geometry(
+    weight_shape: Sequence[int], stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> ConvGeometry:
+    K, C, R, S = weight_shape
+    return ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
+
+
+def _empty_output(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
+    """[N, K, P, Q], channels_last."""
+    P, Q = geometry.output_size(x.shape[2], x.shape[3])
+    shape = (x.shape[0], geometry.out_channels, P, Q)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vpns_kernels.formats import Packed, pack, unpack
 from vpns_kernels.geometry import ConvGeometry
-from vpns_kernels.ops.sparse_conv2d import compact, cpu, sparse_conv2d
+from vpns_kernels.ops import _cpu
+from vpns_kernels.ops.sparse_conv2d import compact, sparse_conv2d
 from vpns_kernels.patterns import Pattern, Unstructured
 
 # Input shapes for which a layer keeps its weights in the kernel's order.
@@ -35,18 +36,18 @@ class _PreparedCache:
     def __reduce__(self) -> tuple[type[_PreparedCache], tuple[()]]:
         return _PreparedCache, ()
 
-    def get(self, layer: _Sparse, x: Tensor) -> cpu.Prepared:
+    def get(self, layer: _Sparse, x: Tensor) -> _cpu.Prepared:
         values = layer.values
         if values.is_inference():
             # Made under inference_mode: changes leave no trace, so nothing may be kept.
-            return cpu.Prepared(values, layer.layout, layer.geometry, x.shape, x.dtype, layer.kernel)
+            return _cpu.Prepared(values, layer.layout, layer.geometry, x.shape, x.dtype, layer.kernel)
         made = self._made
         if made is None or not made.is_of(values):
             made = self._made = _Made(values.detach(), values._version, OrderedDict())
         key = (tuple(x.shape), x.dtype, layer.kernel)
         found = made.prepared.get(key)
         if found is None:
-            found = cpu.Prepared(values, layer.layout, layer.geometry, x.shape, x.dtype, layer.kernel)
+            found = _cpu.Prepared(values, layer.layout, layer.geometry, x.shape, x.dtype, layer.kernel)
             made.prepared[key] = found
             while len(made.prepared) > _KEPT_SHAPES:
                 made.prepared.popitem(last=False)
@@ -63,7 +64,7 @@ class _Made:
 
     values: Tensor
     version: int
-    prepared: OrderedDict[tuple[object, ...], cpu.Prepared]
+    prepared: OrderedDict[tuple[object, ...], _cpu.Prepared]
 
     def is_of(self, values: Tensor) -> bool:
         """Whether nothing has changed, in place or by another tensor, since."""
@@ -112,7 +113,7 @@ class _Sparse(nn.Module):
     def kernel_for(self, x: Tensor) -> str:
         """Name of what runs this input without grad: a native kernel, or the backend."""
         image = x if x.dim() == 4 else x.reshape(-1, x.shape[-1], 1, 1)
-        if cpu.why_not(image, self.values) is None:
+        if _cpu.why_not(image, self.values) is None:
             return self._cache.get(self, image).kernel
         return "compact" if compact.why_not(image, self.values) is None else "reference"
 
@@ -123,7 +124,7 @@ class _Sparse(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         learned = (x, self.values) if self.bias is None else (x, self.values, self.bias)
         wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
-        if wants_grad or torch.compiler.is_compiling() or cpu.why_not(x, self.values) is not None:
+        if wants_grad or torch.compiler.is_compiling() or _cpu.why_not(x, self.values) is not None:
             return sparse_conv2d(x, self.values, self.layout, self.geometry, self.bias)
         if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
             raise ValueError(

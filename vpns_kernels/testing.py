@@ -13,15 +13,24 @@ from torch import Tensor
 from vpns_kernels.geometry import ConvGeometry
 
 
-def conv_excess(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> float:
+def conv_excess(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    residual: Tensor | None = None,
+    act: str = "none",
+) -> float:
     """How far a convolution's result lies beyond the bound; at most 1 is right.
 
     The bound per output is 2 · e · Σ|w||x| plus half a unit in the last place of the output, where e is the
     largest |error| / Σ|w||x| of torch's dense kernel with the same input and output type, and at least the
-    unit roundoff of its sums (on a few numbers the dense kernel's error can be zero by luck).
+    unit roundoff of its sums (on a few numbers the dense kernel's error can be zero by luck). A residual is
+    one more term of the sums; an activation brings no two numbers further apart.
 
     Args:
-        y: [N, K, P, Q], the result that is judged.
+        y: [N, K, P, Q], the result that is judged, in any floating dtype.
         weight: [K, C / groups, R, S] with zeros in place, in the dtype of the stored values.
     """
     g = geometry
@@ -31,16 +40,31 @@ def conv_excess(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geome
     scale = F.conv2d(x.double().abs(), weight.double().abs(), None if bias64 is None else bias64.abs(), *conv)
     if truth.numel() == 0:
         return 0.0 if y.shape == truth.shape else float("inf")
-    ulp = torch.finfo(y.dtype).eps * truth.abs()
     if x.dtype == torch.float64:
         # Nothing more exact to compare with: two orders of summation differ by at most this.
         roundoff = torch.finfo(torch.float64).eps * weight[0].numel()
     else:
         roundoff = torch.finfo(torch.float32).eps / 2
-    bound = 2 * max(_dense_error(x, weight, bias, g, truth, scale), roundoff) * scale + ulp / 2
+    # Torch has no kernel whose output has another type: the nearest one takes and gives both.
+    peer_x = x.to(torch.promote_types(x.dtype, y.dtype))
+    relative = 2 * max(_dense_error(peer_x, weight, bias, g, truth, scale), roundoff)
+    if residual is not None:
+        truth, scale = truth + residual.double(), scale + residual.double().abs()
+    truth = _activate(truth, act)
+    bound = relative * scale + _ulp(truth, y.dtype) / 2
     error = (y.double() - truth).abs()
     excess = torch.where(error == 0, 0.0, error / bound)
     return float("inf") if bool(excess.isnan().any()) else float(excess.max())
+
+
+def _activate(y: Tensor, act: str) -> Tensor:
+    return y if act == "none" else F.relu(y) if act == "relu" else F.relu6(y)
+
+
+def _ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """At least one unit in the last place; below the normal numbers it stays what it is there."""
+    kind = torch.finfo(dtype)
+    return kind.eps * value.abs().clamp(min=kind.smallest_normal)
 
 
 def _dense_error(
@@ -65,9 +89,7 @@ def _dense_error(
             g.dilation,
             g.groups,
         )
-        beyond_ulp = ((dense.double() - truth).abs() - torch.finfo(x.dtype).eps * truth.abs() / 2).clamp(
-            min=0
-        )
+        beyond_ulp = ((dense.double() - truth).abs() - _ulp(truth, x.dtype) / 2).clamp(min=0)
         worst = max(worst, float((beyond_ulp / scale.clamp(min=torch.finfo(torch.float64).tiny)).max()))
     return worst
 

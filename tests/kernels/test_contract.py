@@ -42,9 +42,19 @@ def check_sparse_conv2d(args: dict[str, Any], y: Any) -> None:
     assert conv_excess(y, args["x"], weight, args["bias"], args["geometry"]) <= 1
 
 
+def check_sparse_conv2d_fused(args: dict[str, Any], y: Any) -> None:
+    """Within the error bound of sums that are rounded once, in the dtype asked for, channels_last."""
+    weight = unpack(args["values"], args["layout"], args["geometry"])
+    residual, act = args.get("residual"), args["act"]
+    assert y.dtype == (args["out_dtype"] or args["x"].dtype)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert conv_excess(y, args["x"], weight, args["bias"], args["geometry"], residual, act) <= 1
+
+
 CHECKS: dict[str, Callable[[dict[str, Any], Any], None]] = {
     "select_threshold": check_select_threshold,
     "sparse_conv2d": check_sparse_conv2d,
+    "sparse_conv2d_fused": check_sparse_conv2d_fused,
 }
 
 
@@ -62,6 +72,7 @@ def can_run(op: Any, args: dict[str, Any], backend: str) -> bool:
     inputs = {
         "select_threshold": lambda: (args["scores"], 1),
         "sparse_conv2d": lambda: (args["x"], args["values"]),
+        "sparse_conv2d_fused": lambda: (args["x"], args["values"]),
     }
     return op.module(backend).why_not(*inputs[op.name]()) is None
 

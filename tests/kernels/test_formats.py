@@ -21,7 +21,7 @@ GEOMETRIES = {
     "one weight": ConvGeometry(1, 1, (1, 1)),
 }
 SPECS = ["unstructured", "block:4x4", "block:16x16", "block:2x8", "channel", "nm:2:4"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def can_pack(geometry: ConvGeometry, spec: str) -> bool:
@@ -145,7 +145,7 @@ def test_wrong_weights_and_masks_are_refused() -> None:
         with pytest.raises(ValueError, match=r"pack: expected a bool mask \[4, 6, 3, 5\]"):
             pack(weight, wrong, pattern, geometry)
     with pytest.raises(TypeError, match="pack: expected values in one of"):
-        pack(weight.half(), mask, pattern, geometry)
+        pack(weight.int(), mask, pattern, geometry)
 
 
 def test_masks_that_break_their_pattern_are_refused() -> None:

@@ -57,7 +57,7 @@ DAMAGES: dict[str, Damage] = {
     "values too few": lambda p: (p.values[:-1], list(p.layout)),
     "values too many": lambda p: (torch.cat([p.values, p.values[:1]]), list(p.layout)),
     "values of no format": lambda p: (p.values.reshape(-1, 1), list(p.layout)),
-    "values half": lambda p: (p.values.half(), list(p.layout)),
+    "values integer": lambda p: (p.values.int(), list(p.layout)),
     "values of integers": lambda p: (p.values.int(), list(p.layout)),
     "array missing": lambda p: (p.values, list(p.layout[:-1])),
     "array too many": lambda p: (p.values, [*p.layout, p.layout[0]]),

@@ -15,7 +15,7 @@ from vpns_kernels.patterns import Block, Channel, Pattern
 
 # The rank of the values tells the format.
 _FORMATS = {1: unstructured, 3: block, 4: channel}
-_VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def pack(
@@ -26,7 +26,7 @@ def pack(
     Args:
         weight: [K, C / groups, R, S], or [K, C] of a linear layer.
         mask: bool of the weight's shape, True = kept.
-        dtype: of the stored values: float32, bfloat16 or float64; the weight's own by default.
+        dtype: of the stored values: float32, bfloat16, float16 or float64; the weight's own by default.
 
     Raises:
         ValueError: shapes that disagree, kept weights that are not finite in dtype, a mask that breaks a

@@ -3,5 +3,6 @@
 from vpns_kernels.ops.registry import OPS, Op
 from vpns_kernels.ops.select_threshold import select_threshold
 from vpns_kernels.ops.sparse_conv2d import sparse_conv2d
+from vpns_kernels.ops.sparse_conv2d_fused import sparse_conv2d_fused
 
-__all__ = ["OPS", "Op", "select_threshold", "sparse_conv2d"]
+__all__ = ["OPS", "Op", "select_threshold", "sparse_conv2d", "sparse_conv2d_fused"]

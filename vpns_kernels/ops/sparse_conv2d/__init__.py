@@ -30,14 +30,15 @@ def sparse_conv2d(
     """Convolve with a packed weight; differentiable once in x, values and bias.
 
     Args:
-        x: [N, C, H, W], any strides; float32, bfloat16 or float64.
-        values, layout: from `formats.pack`, in the dtype of x (float32 values also go with bfloat16 x).
+        x: [N, C, H, W], any strides; float32, bfloat16, float16 or float64.
+        values, layout: from `formats.pack`, in any of those types; float64 goes with float64 only.
         bias: [K] in the dtype of the values, or None.
         backend: "cpu", "compact" (channel weights), "reference", or "auto" for the first that can.
 
     Returns:
-        [N, K, P, Q] in the dtype of x, channels_last. What a masked weight hides stays hidden: NaN or
-        infinity in an input reaches only outputs that a kept weight connects with it.
+        [N, K, P, Q] in the dtype of x, channels_last. NaN or infinity in x reaches only outputs that a kept
+        weight (of block weights, a kept block) connects with it; only the reference lets it through masked
+        weights.
 
     Raises:
         ValueError: shapes that do not fit the geometry, or a layout that does not describe it.

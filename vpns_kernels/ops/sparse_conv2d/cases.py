@@ -13,7 +13,7 @@ from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops.case import Case
 from vpns_kernels.patterns import Channel, parse_pattern
 
-_GEOMETRIES: dict[str, tuple[ConvGeometry, tuple[int, int, int]]] = {
+GEOMETRIES: dict[str, tuple[ConvGeometry, tuple[int, int, int]]] = {
     "3x3": (ConvGeometry(32, 32, (3, 3), padding=(1, 1)), (2, 14, 14)),
     "3x3_batch_in_lanes": (ConvGeometry(32, 48, (3, 3), padding=(1, 1)), (19, 7, 7)),
     "3x3_stride_2": (ConvGeometry(32, 64, (3, 3), (2, 2), (1, 1)), (16, 13, 14)),
@@ -33,7 +33,10 @@ _GEOMETRIES: dict[str, tuple[ConvGeometry, tuple[int, int, int]]] = {
     "depthwise": (ConvGeometry(24, 24, (3, 3), padding=(1, 1), groups=24), (3, 9, 9)),
     "even_filter": (ConvGeometry(16, 16, (2, 4), padding=(1, 2)), (2, 8, 8)),
 }
-_PATTERNS = ("unstructured", "block:16x16", "block:32x32", "block:8x4", "channel")
+# A density: the one unit that a random draw ranks first.
+ONE_UNIT = -1.0
+_DENSITIES = (0.0, ONE_UNIT, 0.01, 1.0)
+PATTERNS = ("unstructured", "block:16x16", "block:32x32", "block:8x4", "channel")
 
 
 def _input(geometry: ConvGeometry, size: tuple[int, int, int], memory: str, dtype: torch.dtype) -> Tensor:
@@ -51,18 +54,19 @@ def _input(geometry: ConvGeometry, size: tuple[int, int, int], memory: str, dtyp
     return x
 
 
-def _args(
+def build_args(
     shape: str, spec: str, density: float, memory: str, dtype: torch.dtype, has_bias: bool
 ) -> dict[str, Any]:
-    geometry, size = _GEOMETRIES[shape]
+    """The arguments of sparse_conv2d for a named geometry and a random mask."""
+    geometry, size = GEOMETRIES[shape]
     pattern, generator = parse_pattern(spec), torch.Generator().manual_seed(2)
     weight = torch.randn(geometry.weight_shape, generator=generator).to(dtype)
     if isinstance(pattern, Channel):
-        kept = [torch.rand(n, generator=generator) < density for n in geometry.weight_shape[:2]]
+        kept = [_draw((n,), density, generator) for n in geometry.weight_shape[:2]]
         mask = (kept[0][:, None] & kept[1][None, :])[..., None, None].expand_as(weight)
     else:
-        units = torch.rand(pattern.units_shape(geometry.weight_shape), generator=generator)
-        mask = pattern.expand(units < density, geometry.weight_shape)
+        units = _draw(pattern.units_shape(geometry.weight_shape), density, generator)
+        mask = pattern.expand(units, geometry.weight_shape)
     packed = pack(weight, mask.contiguous(), pattern, geometry)
     bias = torch.randn(geometry.out_channels, generator=generator).to(dtype) if has_bias else None
     return {
@@ -74,29 +78,39 @@ def _args(
     }
 
 
-def _fits(shape: str, spec: str) -> bool:
-    grouped = _GEOMETRIES[shape][0].groups > 1
+def _draw(shape: tuple[int, ...], density: float, generator: torch.Generator) -> Tensor:
+    rank = torch.rand(shape, generator=generator)
+    return rank == rank.min() if density == ONE_UNIT else rank < density
+
+
+def fits(shape: str, spec: str) -> bool:
+    """Whether the pattern can prune a layer of this geometry."""
+    grouped = GEOMETRIES[shape][0].groups > 1
     return not grouped or spec == "unstructured" or (spec.startswith("block") and shape == "groups_2")
 
 
 _ROWS: list[tuple[str, str, float, str, torch.dtype, bool]] = [
     (shape, spec, 0.2, "channels_last", torch.float32, False)
-    for shape in _GEOMETRIES
-    for spec in _PATTERNS
-    if _fits(shape, spec)
+    for shape in GEOMETRIES
+    for spec in PATTERNS
+    if fits(shape, spec)
 ]
-for _spec in _PATTERNS:
-    _ROWS += [("3x3", _spec, density, "channels_last", torch.float32, True) for density in (0.0, 0.01, 1.0)]
+for _spec in PATTERNS:
+    _ROWS += [("3x3", _spec, density, "channels_last", torch.float32, True) for density in _DENSITIES]
     _ROWS += [
         ("3x3_stride_2", _spec, 0.3, memory, torch.float32, True) for memory in ("contiguous", "sliced")
     ]
-    _ROWS += [(s, _spec, 0.3, "channels_last", torch.bfloat16, True) for s in ("3x3_batch_in_lanes", "1x1")]
+    _ROWS += [
+        (shape, _spec, 0.3, "channels_last", dtype, True)
+        for shape in ("3x3_batch_in_lanes", "1x1")
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
     _ROWS += [("mixed_stride_and_padding", _spec, 0.3, "contiguous", torch.float64, True)]
 
-CASES = [
-    Case(
-        f"{shape}-{spec}-{density:g}-{memory}-{str(dtype)[6:]}{'-bias' if has_bias else ''}",
-        partial(_args, shape, spec, density, memory, dtype, has_bias),
-    )
-    for shape, spec, density, memory, dtype, has_bias in _ROWS
-]
+
+def _name(shape: str, spec: str, density: float, memory: str, dtype: torch.dtype, has_bias: bool) -> str:
+    parts = [shape, spec, "one" if density == ONE_UNIT else f"{density:g}", memory, str(dtype)[6:]]
+    return "-".join([*parts, *["bias"] * has_bias])
+
+
+CASES = [Case(_name(*row), partial(build_args, *row)) for row in _ROWS]

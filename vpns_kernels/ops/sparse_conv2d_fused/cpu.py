@@ -1,0 +1,38 @@
+"""CPU backend: the native kernels of sparse_conv2d, whose stores add the residual and activate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vpns_kernels.formats import validate
+from vpns_kernels.geometry import ConvGeometry, Pair
+from vpns_kernels.ops import _cpu
+
+
+def why_not(x: Tensor, values: Tensor, *rest: object) -> str | None:
+    """What the native kernels take."""
+    return _cpu.why_not(x, values)
+
+
+def run(
+    x: Tensor,
+    values: Tensor,
+    layout: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    act: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    K, C, R, S = weight_shape
+    geometry = ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
+    validate(values, layout, geometry)
+    prepared = _cpu.Prepared(values, layout, geometry, x.shape, x.dtype)
+    return prepared.run(x, bias, residual, act, out_dtype)
