@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -33,3 +34,25 @@ def library() -> Any:
     if _LIBRARY is None:
         raise ImportError(f"vpns_kernels.native: expected the compiled library, got nothing: {_REASON}")
     return _LIBRARY
+
+
+def why_no_cuda() -> str | None:
+    """None where the library's GPU part is there, else the reason why not."""
+    return _load_cuda()[1]
+
+
+def cuda_library() -> Any:
+    """The library's GPU part; ImportError with the reason where it is not there."""
+    library, reason = _load_cuda()
+    if library is None:
+        raise ImportError(f"vpns_kernels.native: expected the library's GPU part, got nothing: {reason}")
+    return library
+
+
+@cache
+def _load_cuda() -> tuple[Any, str | None]:
+    # Loaded when first asked for: most processes have no GPU.
+    try:
+        return import_module("vpns_kernels._cuda"), None
+    except ImportError as error:
+        return None, f"the library's GPU part is missing ({error}; it is built where nvcc is found)"

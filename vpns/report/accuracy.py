@@ -68,8 +68,8 @@ def judge_prompt(facts: Facts) -> Finding:
         return Finding(name, gain, 0.0, "ok", "This run's own inference leaves the prompt out, rightly.")
     if is_own:
         cause = (
-            "The network never trained without its prompt, so taking it away shifts its input: no evidence of "
-            "a gain. Compare with a run of prompt.prompt_in=none."
+            "The network never trained without its prompt, so taking it away shifts its input: no evidence "
+            "of a gain. Compare with a run of prompt.prompt_in=none."
         )
         return Finding(name, gain, 0.0, "ok", cause)
     cause = "This run's own inference leaves the prompt out: prompt.at_inference=true would gain that much."

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from vpns_kernels.ops.registry import call, register_op
-from vpns_kernels.ops.select_threshold import cpu, reference
+from vpns_kernels.ops.select_threshold import cpu, cuda, reference
 
 __all__ = ["select_threshold"]
 
-_OP = register_op("select_threshold", {"cpu": cpu, "reference": reference})
+_OP = register_op("select_threshold", {"cpu": cpu, "cuda": cuda, "reference": reference})
 
 
 def select_threshold(
