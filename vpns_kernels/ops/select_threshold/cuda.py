@@ -19,8 +19,7 @@ def why_not(scores: Sequence[Tensor], kept: int) -> str | None:
 
 def run(scores: Sequence[Tensor], kept: int) -> tuple[Tensor, Tensor]:
     library = native.cuda_library()
-    # Every entry once, in whatever order of memory.
-    dense = [tensor if tensor.is_non_overlapping_and_dense() else tensor.contiguous() for tensor in scores]
+    dense = [tensor.contiguous() for tensor in scores]
     threshold = scores[0].new_empty(())
     ties_kept = torch.empty((), dtype=torch.int64, device=scores[0].device)
     workspace = torch.empty(library.select_threshold_workspace(), dtype=torch.uint8, device=scores[0].device)
