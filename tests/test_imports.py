@@ -20,6 +20,8 @@ KERNEL_ROOMS = [
     ("vpns_kernels.engine", "vpns_kernels.measure", "vpns_kernels.testing"),
     ("vpns_kernels.convert",),
     ("vpns_kernels.channels", "vpns_kernels.modules", "vpns_kernels.sparse_modules"),
+    ("vpns_kernels.choose",),
+    ("vpns_kernels.cost",),
     ("vpns_kernels.graph_nodes",),
     ("vpns_kernels.refresh", "vpns_kernels.graph_nodes"),
     ("vpns_kernels.ops",),

@@ -104,6 +104,15 @@ PYBIND11_MODULE(_native, m) {
       py::arg("emulated") = false, "Names of the kernels that this machine can run, preferred first.");
 
   m.def(
+      "sparse_conv2d_refusals",
+      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& values_sizes, const std::string& values_type,
+         const std::string& x_type) {
+        return sparse_conv2d_refusals(shape(sizes), weights(0, values_type, 0, 0, values_sizes).raw, dtype(x_type));
+      },
+      py::arg("shape"), py::arg("values_sizes"), py::arg("values_dtype"), py::arg("x_dtype"),
+      "(name, why not) of every kernel, preferred first; why not is empty where it takes layers of these sizes here.");
+
+  m.def(
       "sparse_conv2d_choose",
       [](const std::vector<int64_t>& sizes, const Weights& w, const std::string& x_type, const std::string& kernel) {
         return std::string(choose_sparse_conv2d(kernel, shape(sizes), w.raw, dtype(x_type)).name);

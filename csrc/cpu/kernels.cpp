@@ -19,17 +19,30 @@ const std::vector<SparseConvKernel>& sparse_conv2d_kernels() {
   return table;
 }
 
+static std::string why_not_here(const SparseConvKernel& kernel, const ConvShape& shape, const SparseWeights& weights,
+                                DType x_dtype) {
+  return isa_usable(kernel.isa) ? kernel.why_not(shape, weights, x_dtype)
+                                : std::string("it needs ") + isa_name(kernel.isa);
+}
+
 const SparseConvKernel& choose_sparse_conv2d(const std::string& name, const ConvShape& shape,
                                              const SparseWeights& weights, DType x_dtype) {
   std::string reasons;
   for (const SparseConvKernel& kernel : sparse_conv2d_kernels()) {
     if (name.empty() ? kernel.emulated : name != kernel.name) continue;
-    std::string reason = isa_usable(kernel.isa) ? kernel.why_not(shape, weights, x_dtype)
-                                                : std::string("it needs ") + isa_name(kernel.isa);
+    const std::string reason = why_not_here(kernel, shape, weights, x_dtype);
     if (reason.empty()) return kernel;
     reasons += std::string(reasons.empty() ? "" : "; ") + kernel.name + ": " + reason;
   }
   fail("sparse_conv2d", "a kernel that takes this layer", reasons.empty() ? "no kernel named '" + name + "'" : reasons);
+}
+
+std::vector<std::pair<std::string, std::string>> sparse_conv2d_refusals(const ConvShape& shape,
+                                                                        const SparseWeights& weights, DType x_dtype) {
+  std::vector<std::pair<std::string, std::string>> found;
+  for (const SparseConvKernel& kernel : sparse_conv2d_kernels())
+    if (!kernel.emulated) found.emplace_back(kernel.name, why_not_here(kernel, shape, weights, x_dtype));
+  return found;
 }
 
 void check_sparse_conv2d(const ConvShape& s, const SparseWeights& w) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -35,6 +36,7 @@ struct SparseConvKernel {
   // Compiled from the source of a stronger instruction set over plain C++, so that its logic is tested everywhere;
   // never chosen, only named.
   bool emulated;
+  // Looks at format, type and sizes of the weights only.
   std::string (*why_not)(const ConvShape&, const SparseWeights&, DType x_dtype);
   std::unique_ptr<PreparedConv> (*prepare)(const ConvShape&, const SparseWeights&);
 };
@@ -45,6 +47,11 @@ const std::vector<SparseConvKernel>& sparse_conv2d_kernels();
 // The kernel of that name, or for an empty name the first that runs here; throws with every reason where none does.
 const SparseConvKernel& choose_sparse_conv2d(const std::string& name, const ConvShape&, const SparseWeights&,
                                              DType x_dtype);
+
+// Every kernel that is not emulated, in order of preference, with the reason why it does not take such a layer here
+// (empty where it does). Of the weights only format, type and sizes count: values and indices may be null.
+std::vector<std::pair<std::string, std::string>> sparse_conv2d_refusals(const ConvShape&, const SparseWeights&,
+                                                                        DType x_dtype);
 
 // Refuses sizes and indices that would make a kernel read or write outside its tensors.
 void check_sparse_conv2d(const ConvShape&, const SparseWeights&);

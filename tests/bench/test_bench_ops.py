@@ -54,14 +54,14 @@ def test_a_layer_gives_a_row_for_each_variant(layer: Layer) -> None:
 def test_a_mask_keeps_exactly_the_units_that_the_density_says() -> None:
     for spec, units in (("unstructured", 24 * 16 * 9), ("block:4x8", 6 * 2 * 9)):
         pattern = parse_pattern(spec)
-        mask = layer_bench._mask(CONV, CONV.build(), Variant(pattern, 0.1, torch.float32))
+        mask = layer_bench.make_mask(CONV, CONV.build(), Variant(pattern, 0.1, torch.float32))
         assert int((pattern.reduce_sum(mask.float()) > 0).sum()) == int(0.1 * units + 0.5)
-        other = layer_bench._mask(CONV, CONV.build(), Variant(pattern, 0.1, torch.float32, seed=1))
+        other = layer_bench.make_mask(CONV, CONV.build(), Variant(pattern, 0.1, torch.float32, seed=1))
         assert not torch.equal(mask, other)
 
 
 def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = layer_bench._pack
+    right = layer_bench.make_sparse
 
     def wrong(dense: Any, mask: torch.Tensor, variant: Variant) -> Any:
         packed = right(dense, mask, variant)
@@ -69,7 +69,7 @@ def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             packed.values[0] += 1
         return packed
 
-    monkeypatch.setattr(layer_bench, "_pack", wrong)
+    monkeypatch.setattr(layer_bench, "make_sparse", wrong)
     monkeypatch.setattr(layer_bench, "interleave", lambda *_: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match="expected the outputs of conv"):
         bench_layer(CONV, 2, [Variant(parse_pattern("unstructured"), 0.3, torch.float32)], EAGER, 2)

@@ -42,15 +42,15 @@ def bench_layer(
     Raises:
         RuntimeError: an engine that is not there, or a variant whose outputs are not those of the layer.
     """
-    x, dense = _input(layer, batch), _start(layer)
+    x, dense = make_input(layer, batch), make_weight(layer)
     calls: dict[str, Callable[[], Tensor]] = {}
     for name, opponent in find_opponents(dense, x, opponents).items():
         if opponent.call is None:
             raise RuntimeError(f"bench_layer: expected {name!r}, got: {opponent.why_not}")
         calls[name] = opponent.call
     engines = list(calls)
-    masks = [_mask(layer, dense, variant) for variant in variants]
-    sparse = [_pack(dense, mask, variant) for mask, variant in zip(masks, variants, strict=True)]
+    masks = [make_mask(layer, dense, variant) for variant in variants]
+    sparse = [make_sparse(dense, mask, variant) for mask, variant in zip(masks, variants, strict=True)]
     inputs = {variant.dtype: x.to(variant.dtype) for variant in variants}
     for number, (variant, mask) in enumerate(zip(variants, masks, strict=True)):
         calls[f"sparse {number}"] = _without_grad(sparse[number], inputs[variant.dtype])
@@ -105,7 +105,7 @@ def measure_ceilings() -> dict[str, float]:
     return rates
 
 
-def _input(layer: Layer, batch: int) -> Tensor:
+def make_input(layer: Layer, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     if layer.is_linear:
         return torch.randn(batch, layer.geometry.in_channels, generator=generator)
@@ -113,14 +113,14 @@ def _input(layer: Layer, batch: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _start(layer: Layer) -> nn.Conv2d | nn.Linear:
+def make_weight(layer: Layer) -> nn.Conv2d | nn.Linear:
     """He-scaled weights, as sparse and dense share them."""
     dense = layer.build()
     nn.init.kaiming_normal_(dense.weight, generator=torch.Generator().manual_seed(2))
     return dense.eval()
 
 
-def _mask(layer: Layer, dense: nn.Conv2d | nn.Linear, variant: Variant) -> Tensor:
+def make_mask(layer: Layer, dense: nn.Conv2d | nn.Linear, variant: Variant) -> Tensor:
     """Exactly round-half-up(density · units) units, drawn uniformly; of channels the square root each way."""
     generator = torch.Generator().manual_seed(variant.seed)
     shape = tuple(dense.weight.shape)
@@ -140,7 +140,7 @@ def _draw(shape: tuple[int, ...], density: float, generator: torch.Generator) ->
     return units.view(shape)
 
 
-def _pack(dense: nn.Conv2d | nn.Linear, mask: Tensor, variant: Variant) -> SparseConv2d | SparseLinear:
+def make_sparse(dense: nn.Conv2d | nn.Linear, mask: Tensor, variant: Variant) -> SparseConv2d | SparseLinear:
     if isinstance(dense, nn.Conv2d):
         return SparseConv2d.from_dense(dense, mask, variant.pattern, variant.dtype).eval()
     return SparseLinear.from_dense(dense, mask, variant.pattern, variant.dtype).eval()

@@ -1,0 +1,150 @@
+"""Which kernel runs a layer, and is it sparse at all? A pure function of the layer, the machine and a table.
+
+Nothing is timed here: the same layer on the same class of machine always gets the same kernel. Dense (torch)
+is a candidate as every other, and sparse is chosen only where it wins by more than the estimates may be off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vpns_kernels import native
+from vpns_kernels.cost import Estimate, LayerQuery, cost_table, estimate
+
+# (kernel, why it does not take the layer, or empty), in order of preference.
+Refusals = Callable[[LayerQuery], Sequence[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a choice may know of a machine.
+
+    Args:
+        isa: its class: the strongest usable instruction set.
+        refusals: its kernels, each with the reason why it does not take a layer.
+    """
+
+    isa: str
+    threads: int
+    refusals: Refusals
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel with its estimate, or with the reason why it cannot run (`estimate` is None)."""
+
+    kernel: str
+    estimate: Estimate | None
+    reason: str
+
+    @property
+    def ms(self) -> float | None:
+        return None if self.estimate is None else self.estimate.ms
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that runs a layer ("dense" for torch), what was expected of it, and why."""
+
+    kernel: str
+    est_ms: float
+    dense_ms: float
+    reason: str
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def speedup(self) -> float:
+        """Expected, over dense in the input's own dtype."""
+        return self.dense_ms / self.est_ms
+
+
+def choose(query: LayerQuery, machine: Machine, table: Mapping[str, Any] | None = None) -> Choice:
+    """The kernel that is expected to be fastest; dense unless sparse wins by more than the uncertainty.
+
+    Args:
+        table: of costs; the shipped one by default.
+    """
+    table = cost_table() if table is None else table
+    candidates = _candidates(query, machine, table)
+    dense = next(c for c in candidates if c.kernel == f"dense {query.dtype}")
+    able = [c for c in candidates if c.estimate is not None and not c.kernel.startswith("dense")]
+    best = min(able, key=lambda c: c.estimate.ms if c.estimate else 0.0, default=None)
+    assert dense.estimate is not None
+    dense_ms = dense.estimate.ms
+    if best is None or best.estimate is None:
+        return Choice("dense", dense_ms, dense_ms, "dense: no sparse kernel takes this layer", candidates)
+    sparse, margin = best.estimate, max(best.estimate.error, dense.estimate.error)
+    figures = f"{best.kernel} {_ms(sparse.ms)}, dense {_ms(dense_ms)} ({query.dtype})"
+    carried = "" if sparse.measured and dense.estimate.measured else "; measured: false"
+    bound = f"; bound by {sparse.bound_by}{carried}"
+    if sparse.ms * (1 + margin) < dense_ms:
+        reason = f"{figures}: {dense_ms / sparse.ms:.1f}x{bound}"
+        return Choice(best.kernel, sparse.ms, dense_ms, reason, candidates)
+    if sparse.ms < dense_ms:
+        reason = f"dense: {figures}, less apart than estimates may be off ({margin:.0%}){bound}"
+    else:
+        reason = f"dense is faster here: {figures}{bound}"
+    return Choice("dense", dense_ms, dense_ms, reason, candidates)
+
+
+def break_even_density(query: LayerQuery, machine: Machine, table: Mapping[str, Any] | None = None) -> float:
+    """Up to which kept fraction a sparse kernel is chosen for a layer of these sizes; 0 where never."""
+    if choose(query.at_density(1.0), machine, table).kernel != "dense":
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        is_sparse = choose(query.at_density(middle), machine, table).kernel != "dense"
+        low, high = (middle, high) if is_sparse else (low, middle)
+    return low
+
+
+def this_machine() -> Machine:
+    """The machine that runs this, with torch's number of threads."""
+    if native.why_not() is not None:
+        return Machine("scalar", torch.get_num_threads(), lambda query: [("native", str(native.why_not()))])
+    return Machine(native.library().isa_list()[-1], torch.get_num_threads(), _native_refusals)
+
+
+def _native_refusals(query: LayerQuery) -> Sequence[tuple[str, str]]:
+    g = query.geometry
+    K, _, R, S = g.weight_shape
+    images, height, width = query.size
+    sizes = [images, g.in_channels, height, width, K, R, S, *g.output_size(height, width)]
+    sizes += [*g.stride, *g.padding, *g.dilation, g.groups]
+    found: list[tuple[str, str]] = native.library().sparse_conv2d_refusals(
+        sizes, list(query.values_sizes), query.weight_dtype, query.dtype
+    )
+    return found
+
+
+def _candidates(query: LayerQuery, machine: Machine, table: Mapping[str, Any]) -> tuple[Candidate, ...]:
+    """Every kernel, compact for channels, and dense in the dtypes that torch computes in."""
+    found = []
+    refusals = list(machine.refusals(query))
+    if query.format == "channel":
+        refusals.append(("compact", ""))
+    for kernel, refusal in refusals:
+        expected = None if refusal else estimate(query, kernel, machine.isa, machine.threads, table)
+        reason = refusal or _explain(expected)
+        found.append(Candidate(kernel, expected, reason))
+    for dtype in dict.fromkeys((query.dtype, "float32", "bfloat16")):
+        cast = LayerQuery(query.geometry, query.size, query.values_sizes, dtype, query.weight_dtype)
+        expected = estimate(cast, f"dense {dtype}", machine.isa, machine.threads, table)
+        note = "" if dtype == query.dtype else f"; not chosen for {query.dtype} inputs"
+        found.append(Candidate(f"dense {dtype}", expected, _explain(expected) + note))
+    return tuple(found)
+
+
+def _explain(expected: Estimate | None) -> str:
+    assert expected is not None
+    carried = "" if expected.measured else "; measured: false"
+    return f"bound by {expected.bound_by}, ± {expected.error:.0%}{carried}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g} ms"
