@@ -22,7 +22,7 @@ KERNEL_ROOMS = [
     ("vpns_kernels.channels", "vpns_kernels.modules", "vpns_kernels.sparse_modules"),
     ("vpns_kernels.choose",),
     ("vpns_kernels.cost",),
-    ("vpns_kernels.graph_nodes",),
+    ("vpns_kernels.graph_nodes", "vpns_kernels.folding"),
     ("vpns_kernels.refresh", "vpns_kernels.graph_nodes"),
     ("vpns_kernels.ops",),
     ("vpns_kernels.schemas", "vpns_kernels.formats", "vpns_kernels.native"),

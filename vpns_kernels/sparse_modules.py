@@ -1,33 +1,39 @@
 """Drop-in layers with packed weights: SparseConv2d and SparseLinear.
 
 The kept values are a parameter, their layout is in buffers, so .to(), state_dict() and optimisers see them.
-With grad they go through the op. Without, they are put into the kernel's order once per input shape and stay
-so until they change (through anything but `.data`, which leaves no trace).
+With grad they go through the differentiable op, and what follows it through torch. Without, weights are put
+into the kernel's order once per input shape and stay so until they change (through anything but `.data`,
+which leaves no trace).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from threading import Lock
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from vpns_kernels.folding import fold_batch_norm
 from vpns_kernels.formats import Packed, pack, unpack
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops import _cpu
+from vpns_kernels.ops._torch import ACTS, finish
 from vpns_kernels.ops.sparse_conv2d import compact, sparse_conv2d
+from vpns_kernels.ops.sparse_conv2d_fused import check_inputs, sparse_conv2d_fused
 from vpns_kernels.patterns import Pattern, Unstructured
 
-# Input shapes for which a layer keeps its weights in the kernel's order.
-_KEPT_SHAPES = 4
+# Input shapes (and dtypes and thread counts) for which a layer keeps its weights in the kernel's order.
+_KEPT_SHAPES = 8
 
 
 class _PreparedCache:
-    """The last few prepared forms of one layer, all of the same values; never copied or saved with it."""
+    """The prepared forms of one layer that were used last, all of the same weights; never copied or saved."""
 
     def __init__(self) -> None:
+        self._lock = Lock()
         self._made: _Made | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> _PreparedCache:
@@ -37,18 +43,24 @@ class _PreparedCache:
         return _PreparedCache, ()
 
     def get(self, layer: _Sparse, x: Tensor) -> _cpu.Prepared:
-        values = layer.values
-        if values.is_inference():
+        values, layout = layer.values, layer.layout
+        if any(tensor.is_inference() for tensor in (values, *layout)):
             # Made under inference_mode: changes leave no trace, so nothing may be kept.
-            return _cpu.Prepared(values, layer.layout, layer.geometry, x.shape, x.dtype, layer.kernel)
-        made = self._made
-        if made is None or not made.is_of(values):
-            made = self._made = _Made(values.detach(), values._version, OrderedDict())
-        key = (tuple(x.shape), x.dtype, layer.kernel)
-        found = made.prepared.get(key)
-        if found is None:
-            found = _cpu.Prepared(values, layer.layout, layer.geometry, x.shape, x.dtype, layer.kernel)
-            made.prepared[key] = found
+            return _cpu.Prepared(values, layout, layer.geometry, x.shape, x.dtype, layer.kernel)
+        key = (tuple(x.shape), x.dtype, layer.kernel, torch.get_num_threads())
+        with self._lock:
+            made = self._made
+            if made is None or not made.is_of(values, *layout):
+                made = self._made = _Made.of(values, *layout)
+            found = made.prepared.get(key)
+            if found is not None:
+                made.prepared.move_to_end(key)
+                return found
+        # Outside the lock: other shapes need not wait. Two threads may prepare the same; one is kept.
+        found = _cpu.Prepared(values, layout, layer.geometry, x.shape, x.dtype, layer.kernel)
+        with self._lock:
+            found = made.prepared.setdefault(key, found)
+            made.prepared.move_to_end(key)
             while len(made.prepared) > _KEPT_SHAPES:
                 made.prepared.popitem(last=False)
         return found
@@ -56,21 +68,26 @@ class _PreparedCache:
 
 @dataclass(frozen=True)
 class _Made:
-    """Prepared forms, and the values they were made from.
+    """Prepared forms, least recently used first, and the weights that they were made from.
 
-    Holding on to the values keeps their address from being given to others, so that equal address, type and
-    version mean equal values.
+    Holding on to the tensors keeps their addresses from being given to others, so that equal address, type
+    and version mean equal content.
     """
 
-    values: Tensor
-    version: int
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
     prepared: OrderedDict[tuple[object, ...], _cpu.Prepared]
 
-    def is_of(self, values: Tensor) -> bool:
-        """Whether nothing has changed, in place or by another tensor, since."""
-        mine = self.values
-        is_same = mine.data_ptr() == values.data_ptr() and mine.dtype == values.dtype
-        return is_same and self.version == values._version
+    @classmethod
+    def of(cls, *tensors: Tensor) -> _Made:
+        return cls(tuple(t.detach() for t in tensors), tuple(t._version for t in tensors), OrderedDict())
+
+    def is_of(self, *tensors: Tensor) -> bool:
+        """Whether nothing has changed since, in place or by other tensors."""
+        return all(
+            mine.data_ptr() == now.data_ptr() and mine.dtype == now.dtype and version == now._version
+            for mine, version, now in zip(self.tensors, self.versions, tensors, strict=True)
+        )
 
 
 class _Sparse(nn.Module):
@@ -80,14 +97,19 @@ class _Sparse(nn.Module):
         packed: the kept weights.
         bias: [K] or None.
         kernel: name of the native kernel to use; empty for the best that takes the layer.
+        act: what the outputs pass through last: "none", "relu" or "relu6".
     """
 
     values: nn.Parameter
     bias: Tensor | None
 
-    def __init__(self, packed: Packed, bias: Tensor | None = None, kernel: str = "") -> None:
+    def __init__(
+        self, packed: Packed, bias: Tensor | None = None, kernel: str = "", act: str = "none"
+    ) -> None:
         super().__init__()
-        self.geometry, self.pattern, self.kernel = packed.geometry, packed.pattern, kernel
+        if act not in ACTS:
+            raise ValueError(f"{type(self).__name__}: expected act in {ACTS}, got {act!r}")
+        self.geometry, self.pattern, self.kernel, self.act = packed.geometry, packed.pattern, kernel, act
         self.values = nn.Parameter(packed.values)
         # A copy, so that training this layer leaves the one it came from alone.
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
@@ -113,31 +135,50 @@ class _Sparse(nn.Module):
     def kernel_for(self, x: Tensor) -> str:
         """Name of what runs this input without grad: a native kernel, or the backend."""
         image = x if x.dim() == 4 else x.reshape(-1, x.shape[-1], 1, 1)
-        if _cpu.why_not(image, self.values) is None:
+        if _cpu.why_not(image, self.values, self.kernel) is None:
             return self._cache.get(self, image).kernel
         return "compact" if compact.why_not(image, self.values) is None else "reference"
 
     def extra_repr(self) -> str:
         g = self.geometry
-        return f"{list(g.weight_shape)}, {self.pattern.spec}, density={self.density:.3f}, stride={g.stride}"
+        act = "" if self.act == "none" else f", act={self.act}"
+        return (
+            f"{list(g.weight_shape)}, {self.pattern.spec}, density={self.density:.3f}, stride={g.stride}{act}"
+        )
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        learned = (x, self.values) if self.bias is None else (x, self.values, self.bias)
-        wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
-        if wants_grad or torch.compiler.is_compiling() or _cpu.why_not(x, self.values) is not None:
-            return sparse_conv2d(x, self.values, self.layout, self.geometry, self.bias)
-        if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
-            raise ValueError(
-                f"sparse_conv2d: expected x [N, {self.geometry.in_channels}, H, W], got {list(x.shape)}"
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # What was prepared from the values of before would keep them in memory.
+        self._cache = _PreparedCache()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        check_inputs(x, self.geometry, self.bias, residual, self.act, x.dtype)
+        learned = [t for t in (x, self.values, self.bias, residual) if t is not None]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned):
+            y = sparse_conv2d(x, self.values, self.layout, self.geometry, self.bias)
+            return finish(y, residual, self.act, y.dtype)
+        # Tracers see the op; a tensor of another type (a fake one) has no data to compute with here.
+        is_plain = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+        if not is_plain or _cpu.why_not(x, self.values, self.kernel) is not None:
+            return sparse_conv2d_fused(
+                x, self.values, self.layout, self.geometry, self.bias, residual, self.act
             )
-        return self._cache.get(self, x).run(x, self.bias)
+        return self._cache.get(self, x).run(x, self.bias, residual, self.act)
 
 
 def _pack_layer(
-    layer: nn.Conv2d | nn.Linear, mask: Tensor | None, pattern: Pattern | None, dtype: torch.dtype | None
-) -> Packed:
+    layer: nn.Conv2d | nn.Linear,
+    mask: Tensor | None,
+    pattern: Pattern | None,
+    dtype: torch.dtype | None,
+    bn: Any,
+) -> tuple[Packed, Tensor | None]:
+    # Before folding: a channel whose batch norm scales it by zero is kept nevertheless.
     mask = layer.weight.detach() != 0 if mask is None else mask
-    return pack(layer.weight, mask, pattern or Unstructured(), ConvGeometry.from_module(layer), dtype)
+    if bn is not None:
+        layer = fold_batch_norm(layer, bn)
+    packed = pack(layer.weight, mask, pattern or Unstructured(), ConvGeometry.from_module(layer), dtype)
+    return packed, layer.bias
 
 
 _Dense = TypeVar("_Dense", nn.Conv2d, nn.Linear)
@@ -171,12 +212,18 @@ class SparseConv2d(_Sparse):
         pattern: Pattern | None = None,
         dtype: torch.dtype | None = None,
         kernel: str = "",
+        act: str = "none",
+        bn: nn.BatchNorm2d | None = None,
     ) -> Self:
-        """Pack a torch layer; without a mask its zeros are the mask, without a pattern it is unstructured."""
-        return _like(cls(_pack_layer(conv, mask, pattern, dtype), conv.bias, kernel), conv)
+        """Pack a torch layer, with the batch norm (in evaluation mode) and the activation that follow it.
+
+        Without a mask the zeros of its weight are the mask, without a pattern it is unstructured.
+        """
+        packed, bias = _pack_layer(conv, mask, pattern, dtype, bn)
+        return _like(cls(packed, bias, kernel, act), conv)
 
     def to_dense(self) -> nn.Conv2d:
-        """The torch layer with zeros in place."""
+        """The torch layer with zeros in place, without the activation."""
         g = self.geometry
         conv = nn.Conv2d(
             g.in_channels,
@@ -190,8 +237,9 @@ class SparseConv2d(_Sparse):
         )
         return _fill(conv, self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._convolve(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(conv(x) + bias + residual)."""
+        return self._convolve(x, residual)
 
 
 class SparseLinear(_Sparse):
@@ -205,19 +253,30 @@ class SparseLinear(_Sparse):
         pattern: Pattern | None = None,
         dtype: torch.dtype | None = None,
         kernel: str = "",
+        act: str = "none",
+        bn: nn.BatchNorm1d | None = None,
     ) -> Self:
-        """Pack a torch layer; without a mask its zeros are the mask, without a pattern it is unstructured."""
-        return _like(cls(_pack_layer(linear, mask, pattern, dtype), linear.bias, kernel), linear)
+        """Pack a torch layer, with the batch norm (in evaluation mode) and the activation that follow it.
+
+        Without a mask the zeros of its weight are the mask, without a pattern it is unstructured.
+        """
+        packed, bias = _pack_layer(linear, mask, pattern, dtype, bn)
+        return _like(cls(packed, bias, kernel, act), linear)
 
     def to_dense(self) -> nn.Linear:
-        """The torch layer with zeros in place."""
+        """The torch layer with zeros in place, without the activation."""
         linear = nn.Linear(self.geometry.in_channels, self.geometry.out_channels, bias=self.bias is not None)
         return _fill(linear, self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(x · weight + bias + residual), residual [..., K]."""
         if x.dim() == 0 or x.shape[-1] != self.geometry.in_channels:
             raise ValueError(
                 f"SparseLinear: expected x [..., {self.geometry.in_channels}], got {list(x.shape)}"
             )
-        y = self._convolve(x.reshape(-1, x.shape[-1], 1, 1))
-        return y.reshape(*x.shape[:-1], self.geometry.out_channels)
+        shape = (*x.shape[:-1], self.geometry.out_channels)
+        if residual is not None:
+            if tuple(residual.shape) != shape:
+                raise ValueError(f"SparseLinear: expected residual {list(shape)}, got {list(residual.shape)}")
+            residual = residual.reshape(-1, shape[-1], 1, 1)
+        return self._convolve(x.reshape(-1, x.shape[-1], 1, 1), residual).reshape(shape)

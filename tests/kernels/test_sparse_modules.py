@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpns_kernels import ConvGeometry, parse_pattern, sparse_conv2d
+from vpns_kernels.folding import fold_batch_norm
+from vpns_kernels.ops import _cpu
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
 
 SPECS = ["unstructured", "block:4x4", "block:16x16", "channel"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 2e-5}
+ACTS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}
 
 
 def pruned_conv(spec: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Conv2d, Tensor]:
@@ -50,7 +58,7 @@ def assert_is_right(layer: SparseConv2d | SparseLinear, x: Tensor, y: Tensor) ->
     by_op = sparse_conv2d(image, layer.values, layer.layout, layer.geometry, layer.bias)
     assert torch.equal(y, by_op.view(y.shape) if isinstance(layer, SparseLinear) else by_op)
     truth = layer.to_dense().double()(x.double())
-    tolerance = 2e-2 if y.dtype == torch.bfloat16 else 2e-5
+    tolerance = TOLERANCE[y.dtype]
     torch.testing.assert_close(y.double(), truth, rtol=tolerance, atol=tolerance)
 
 
@@ -227,27 +235,248 @@ def test_each_input_alone_gets_its_gradient(name: str) -> None:
         torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", ["unstructured", "block:4x4"])
-def test_four_threads_at_once_get_equal_results(spec: str) -> None:
+@pytest.mark.parametrize("spec", SPECS)
+def test_eight_threads_at_once_get_equal_results_for_different_shapes(spec: str) -> None:
     layer = sparse_conv(spec)
     # More shapes than are kept prepared, so that threads prepare and drop at the same time.
     inputs = [torch.randn(1 + i % 7, 24, 5 + i % 3, 6) for i in range(60)]
+    residuals = [torch.randn(x.shape[0], 16, *x.shape[2:]) for x in inputs]
 
     @torch.no_grad()
-    def run(x: Tensor) -> Tensor:
-        return layer(x)
+    def run(x: Tensor, residual: Tensor) -> Tensor:
+        return layer(x, residual)
 
-    expected = [run(x) for x in inputs]
-    with ThreadPoolExecutor(4) as pool:
+    expected = [run(*pair) for pair in zip(inputs, residuals, strict=True)]
+    with ThreadPoolExecutor(8) as pool:
         for _ in range(3):
-            assert all(map(torch.equal, pool.map(run, inputs), expected))
+            assert all(map(torch.equal, pool.map(run, inputs, residuals), expected))
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[_cpu.Prepared]]:
+    """Every prepared form that is made in a test, alive or not."""
+    made: list[weakref.ref[_cpu.Prepared]] = []
+
+    def make(*args: Any) -> _cpu.Prepared:
+        one = make.original(*args)  # type: ignore[attr-defined]
+        made.append(weakref.ref(one))
+        return one
+
+    make.original = _cpu.Prepared  # type: ignore[attr-defined]
+    monkeypatch.setattr(_cpu, "Prepared", make)
+    return made
+
+
+def alive(prepared: list[weakref.ref[_cpu.Prepared]]) -> list[bool]:
+    gc.collect()
+    return [one() is not None for one in prepared]
+
+
+@torch.no_grad()
+def test_a_second_call_prepares_nothing_and_what_was_used_last_is_kept(
+    prepared: list[weakref.ref[_cpu.Prepared]],
+) -> None:
+    layer, threads = sparse_conv("unstructured"), torch.get_num_threads()
+    inputs = [torch.randn(batch, 24, 5, 5) for batch in range(1, 10)]
+    for _ in range(3):
+        layer(inputs[0])
+        layer(inputs[0].contiguous(memory_format=torch.channels_last), torch.randn(1, 16, 5, 5))
+    assert len(prepared) == 1
+    for x in inputs[1:]:
+        layer(inputs[0])
+        layer(x)
+    # Nine shapes for eight places: the first one was used all the time, the second is the one that went.
+    assert alive(prepared) == [True, False] + 7 * [True]
+    layer(inputs[0])
+    assert len(prepared) == 9
+    try:
+        torch.set_num_threads(threads + 1)
+        layer(inputs[0])
+        assert len(prepared) == 10
+    finally:
+        torch.set_num_threads(threads)
+    layer(inputs[0].bfloat16())
+    assert len(prepared) == 11
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [lambda layer: layer.to(torch.bfloat16), lambda layer: layer.half()])
+def test_a_change_of_dtype_drops_what_is_prepared_at_once(
+    prepared: list[weakref.ref[_cpu.Prepared]], change: Any
+) -> None:
+    layer, x = sparse_conv("unstructured"), torch.randn(2, 24, 5, 5)
+    layer(x)
+    values = weakref.ref(layer.values.untyped_storage())
+    assert alive(prepared) == [True]
+    change(layer)
+    assert alive(prepared) == [False]
+    assert values() is None
+    layer(x.to(layer.values.dtype))
+    assert alive(prepared) == [False, True]
+
+
+@pytest.mark.parametrize("act", list(ACTS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_residual_and_activation_follow_the_sums_and_are_rounded_once(
+    spec: str, dtype: torch.dtype, act: str
+) -> None:
+    conv, mask = pruned_conv(spec, dtype)
+    layer = SparseConv2d.from_dense(conv, mask, parse_pattern(spec), act=act)
+    x, residual = torch.randn(9, 24, 6, 6).to(dtype), 4 * torch.randn(9, 16, 6, 6).to(dtype)
+    with torch.no_grad():
+        y, alone = layer(x, residual), layer(x)
+        truth = conv.double()(x.double())
+    for found, sums in ((y, truth + residual.double()), (alone, truth)):
+        assert found.dtype == dtype
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        tolerance = torch.finfo(dtype).eps / 2 + 2e-6
+        torch.testing.assert_close(found.double(), ACTS[act](sums), rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (0, 24)], ids=str)
+def test_a_linear_layer_takes_residual_and_activation(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(9)
+    linear = nn.Linear(24, 10)
+    layer = SparseLinear.from_dense(linear, prune(linear, "unstructured"), act="relu")
+    x, residual = torch.randn(shape), torch.randn(*shape[:-1], 10)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, residual), F.relu(linear(x) + residual))
+        with pytest.raises(ValueError, match=r"SparseLinear: expected residual .*10\], got"):
+            layer(x, torch.randn(*shape[:-1], 9))
+
+
+@pytest.mark.parametrize("act", list(ACTS))
+@pytest.mark.parametrize("spec", SPECS)
+def test_residual_and_activation_are_differentiable(spec: str, act: str) -> None:
+    conv, mask = pruned_conv(spec, torch.float64)
+    layer = SparseConv2d.from_dense(conv, mask, parse_pattern(spec), act=act)
+    x = torch.randn(2, 24, 6, 6, dtype=torch.float64)
+    residual = 4 * torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    grads = []
+    for run in (lambda a, b: layer(a, b), lambda a, b: ACTS[act](conv(a) + b)):
+        leaves = x.clone().requires_grad_(), residual.clone().requires_grad_()
+        run(*leaves).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(grads[0], grads[1])
+    torch.testing.assert_close(layer.bias.grad, conv.bias.grad)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_copy_keeps_activation_dtype_and_kernel(twin_of: Any, dtype: torch.dtype) -> None:
+    conv, mask = pruned_conv("unstructured")
+    layer = SparseConv2d.from_dense(conv, mask, dtype=dtype, kernel="scalar", act="relu6")
+    x, residual = torch.randn(2, 24, 6, 6).to(dtype), torch.randn(2, 16, 6, 6).to(dtype)
+    with torch.no_grad():
+        expected = layer(x, residual)
+        twin = twin_of(layer)
+        assert (twin.act, twin.kernel, twin.values.dtype) == ("relu6", "scalar", dtype)
+        assert torch.equal(twin(x, residual), expected)
+        fresh = SparseConv2d.from_dense(conv, mask, dtype=dtype, kernel="scalar", act="relu6")
+        fresh.values.zero_()
+        fresh.load_state_dict(twin.state_dict())
+        assert torch.equal(fresh(x, residual), expected)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_batch_norm_is_folded_into_weight_and_bias(
+    spec: str, dtype: torch.dtype, affine: bool, has_bias: bool
+) -> None:
+    conv, mask = pruned_conv(spec, bias=has_bias)
+    bn = nn.BatchNorm2d(16, affine=affine)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2.0)
+    if affine:
+        nn.init.normal_(bn.weight)
+        nn.init.normal_(bn.bias)
+        with torch.no_grad():
+            # Scaled by zero is not pruned: the bias alone remains, and training could bring it back.
+            bn.weight[3] = 0.0
+    bn.eval()
+    before = copy.deepcopy(conv.state_dict())
+    with torch.no_grad():
+        for layer in (
+            SparseConv2d.from_dense(conv, mask, parse_pattern(spec), dtype, act="relu", bn=bn),
+            SparseConv2d.from_dense(conv, None, None, dtype, act="relu", bn=bn),
+        ):
+            layer.to(dtype)
+            x = torch.randn(3, 24, 6, 6).to(dtype)
+            truth = F.relu(bn.double()(conv.double()(x.double())))
+            bn.float()
+            conv.float()
+            tolerance = 1e-2 if dtype == torch.float16 else 1e-5
+            torch.testing.assert_close(layer(x).double(), truth, rtol=tolerance, atol=tolerance)
+        assert int(mask.sum()) == layer.values.numel()
+        folded = fold_batch_norm(conv, bn)
+        torch.testing.assert_close(folded(x.float()), bn(conv(x.float())))
+    torch.testing.assert_close(conv.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_batch_norm_after_a_linear_layer_is_folded() -> None:
+    torch.manual_seed(9)
+    linear, bn = nn.Linear(24, 10), nn.BatchNorm1d(10)
+    mask = prune(linear, "unstructured")
+    bn(torch.randn(50, 10) * 3 + 1)
+    layer = SparseLinear.from_dense(linear, mask, bn=bn.eval())
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), bn(linear(x)))
+
+
+def test_a_batch_norm_that_cannot_be_folded_is_refused() -> None:
+    conv, _ = pruned_conv("unstructured")
+    for bn, message in (
+        (nn.BatchNorm2d(16), r"expected evaluation mode, got training \(call bn.eval\(\) first\)"),
+        (nn.BatchNorm2d(15).eval(), "expected 16 channels, got 15"),
+        (nn.BatchNorm2d(16, track_running_stats=False).eval(), "expected running statistics, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fold_batch_norm(conv, bn)
+
+
+@pytest.mark.parametrize("spec", ["unstructured", "channel"])
+@torch.no_grad()
+def test_a_layer_compiles_exports_and_traces_to_the_fused_op(spec: str) -> None:
+    conv, mask = pruned_conv(spec)
+    layer = SparseConv2d.from_dense(conv, mask, parse_pattern(spec), act="relu").eval()
+    x, residual = torch.randn(2, 24, 6, 6), torch.randn(2, 16, 6, 6)
+    expected = layer(x, residual)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x, residual), expected)
+    for strict in (False, True):
+        exported = torch.export.export(layer, (x, residual), strict=strict)
+        targets = [node.target for node in exported.graph.nodes]
+        assert torch.ops.vpns.sparse_conv2d_fused.default in targets
+        assert torch.equal(exported.module()(x, residual), expected)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    for bad in (float("nan"), float("inf")):
+        conv, mask = pruned_conv("unstructured")
+        with torch.no_grad():
+            conv.weight.view(-1)[int(mask.flatten().nonzero()[3])] = bad
+        for given in (mask, None):
+            with pytest.raises(
+                ValueError, match=r"pack: expected weights finite in torch.float32, got NaN or"
+            ):
+                SparseConv2d.from_dense(conv, given)
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"SparseConv2d: expected act in \('none', 'relu', 'relu6'\), got 'silu'"
+    ):
+        SparseConv2d.from_dense(nn.Conv2d(3, 3, 3), act="silu")
 
 
 @torch.no_grad()
 def test_wrong_input_is_a_clear_error() -> None:
     layer = sparse_conv("unstructured")
     for shape in ((1, 23, 6, 6), (24, 6, 6), (1, 24, 6), ()):
-        with pytest.raises(ValueError, match=r"sparse_conv2d: expected x \[N, 24, H, W\], got"):
+        with pytest.raises(ValueError, match=r"sparse_conv2d_fused: expected x \[N, 24, H, W\], got"):
             layer(torch.randn(shape))
     with pytest.raises(ValueError, match="at least 3 pixels with padding, got 2"):
         sparse_conv("unstructured", padding=0)(torch.randn(1, 24, 2, 6))
@@ -269,3 +498,7 @@ def test_a_named_kernel_is_used_or_refused() -> None:
         torch.testing.assert_close(layer(x), conv(x))
         with pytest.raises(ValueError, match="no kernel named 'fast'"):
             SparseConv2d.from_dense(conv, mask, kernel="fast")(x)
+        channels, mask = pruned_conv("channel")
+        layer = SparseConv2d.from_dense(channels, mask, parse_pattern("channel"), kernel="scalar")
+        assert layer.kernel_for(x) == "scalar"
+        torch.testing.assert_close(layer(x), channels(x))
