@@ -1,9 +1,11 @@
 // Everything that is compiled for AVX-512 (F, BW, DQ, VL).
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/phases.h"
@@ -20,6 +22,7 @@
 namespace vpns {
 namespace {
 #include "cpu/simd.inl"
+#include "cpu/lanes.inl"
 #include "cpu/sparse_conv2d_unstructured.inl"
 #include "cpu/sparse_conv2d_block.inl"
 }  // namespace

@@ -1,10 +1,12 @@
 // The AVX-512 and AMX kernels over AVX2 registers and emulated tiles, so that their logic is tested on lesser machines.
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/phases.h"
@@ -23,6 +25,7 @@
 namespace vpns {
 namespace {
 #include "cpu/simd.inl"
+#include "cpu/lanes.inl"
 #include "cpu/sparse_conv2d_unstructured.inl"
 #include "cpu/sparse_conv2d_block.inl"
 #include "cpu/tiles_emulated.inl"

@@ -1,7 +1,8 @@
-// Prepares unstructured weights for the index-driven kernels: tile sizes, tap offsets, entries by chunk.
+// Prepares unstructured weights for the index-driven kernels: lanes, tiles, tap offsets, entries by block and chunk.
 #include "cpu/sparse_conv2d_unstructured.h"
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <optional>
 
@@ -11,107 +12,194 @@
 namespace vpns {
 namespace {
 
-// The planes of a tile stay within this many bytes: about the second-level cache, so that chunks reach the first level
-// from there.
-constexpr int64_t kPlaneBytes = 768 * 1024;
-// A chunk may fill this share of the first-level cache; the rest holds entries and sums.
-constexpr double kChunkShare = 0.75;
+// A vector length: how many lanes of how many bytes, and how many vectors of sums the registers hold.
+struct Vectors {
+  int lanes, lane_bytes, most;
+};
 
-std::vector<Segment> make_segments(const Planes& planes, bool images_in_lanes, int lanes, int most) {
-  std::vector<Segment> segments;
-  if (images_in_lanes) {
-    const int64_t size = even_tile(planes.tile_q, most);
-    for (int64_t p = 0; p < planes.tile_p; ++p)
-      for (int64_t q = 0; q < planes.tile_q; q += size) {
-        const int64_t first = p * planes.cols + q;
-        segments.push_back({static_cast<int32_t>(first * lanes),
-                            static_cast<int32_t>(std::min(size, planes.tile_q - q)), static_cast<int32_t>(first)});
-      }
-    return segments;
-  }
-  // Pixels in lanes: run over the whole tile, the columns between two rows included.
-  const int64_t flat = (planes.tile_p - 1) * planes.cols + planes.tile_q;
-  const int64_t vectors = ceil_div(flat, lanes), size = even_tile(vectors, most);
-  for (int64_t v = 0; v < vectors; v += size)
-    segments.push_back({static_cast<int32_t>(v * lanes), static_cast<int32_t>(std::min(size, vectors - v)),
-                        static_cast<int32_t>(v * lanes)});
-  return segments;
+// The planes of a tile may fill this share of the second-level cache, from where chunks reach the first.
+constexpr double kPlaneShare = 0.7;
+// A chunk may be this much larger than the first-level cache: sums that pass through it more often cost more than misses.
+constexpr double kChunkShare = 1.2;
+
+// What a patch costs in cycles, roughly, with segments of one size.
+struct Cut {
+  int64_t rows = 1, cols = 1, chunk = 1;
+  double cycles = std::numeric_limits<double>::infinity();
+};
+
+Cut cut_patch(const ConvShape& s, const Vectors& v, int64_t patch_p, int64_t patch_q, double entries) {
+  const int64_t channels = s.C / s.groups, filters = s.K / s.groups;
+  Cut best;
+  for (int64_t rows = 1; rows <= std::min<int64_t>(kMaxSegmentRows, patch_p); ++rows)
+    for (int64_t cols = 1; cols <= std::min<int64_t>(v.most / rows, patch_q); ++cols) {
+      const int64_t touched = Planes(s, rows, cols).pixels() * v.lanes * v.lane_bytes;
+      const int64_t most = static_cast<int64_t>(l1_cache_bytes() * kChunkShare) / touched;
+      const int64_t chunks = ceil_div(channels, std::clamp<int64_t>(most, 1, channels));
+      const double vectors = patch_p * patch_q, segments = ceil_div(patch_p, rows) * ceil_div(patch_q, cols);
+      // A weight: a multiply-add per vector and its broadcast. A run: sums in and out, and a loop that ends.
+      const double cycles =
+          entries * (vectors + 2.5 * segments) + static_cast<double>(filters * chunks) * (3 * vectors + 15 * segments);
+      if (cycles < best.cycles) best = {rows, cols, ceil_div(channels, chunks), cycles};
+    }
+  return best;
 }
 
-UnstructuredPlan make_plan(const ConvShape& s, const SparseWeights& weights, bool images_in_lanes, int lanes,
-                           int most) {
-  const int64_t channels = s.C / s.groups, filters = s.K / s.groups, taps = s.R * s.S;
-  const int64_t width = images_in_lanes ? lanes : 1;
-  // One segment spans a row where images fill the lanes; else a tile is as wide as the image.
-  const int64_t tile_q = images_in_lanes ? even_tile(s.Q, most) : s.Q;
-  int64_t tile_p = s.P;
-  const auto bytes = [&](int64_t rows) { return channels * Planes(s, rows, tile_q).pixels() * width * 4; };
-  while (tile_p > 1 && bytes(tile_p) > kPlaneBytes) tile_p = even_tile(s.P, tile_p - 1);
-  UnstructuredPlan plan{s, images_in_lanes, lanes, Planes(s, tile_p, tile_q), 0, 0, 0, {}, {}, {}};
-  plan.segments = make_segments(plan.planes, images_in_lanes, lanes, most);
-  // Room for the last vector to overrun; an odd number of cache lines, so that channels spread over the cache's sets.
-  const int64_t lines = ceil_div(plan.planes.pixels() * width + lanes, 16);
-  plan.channel_stride = (lines | 1) * 16;
-  const int64_t segment_floats = plan.segments[0].vectors * lanes + (s.S > 1 ? plan.planes.w.reach * width : 0);
-  const int64_t touched = segment_floats * 4 * s.R * static_cast<int64_t>(plan.planes.w.phases.size());
-  plan.chunk = std::clamp<int64_t>(static_cast<int64_t>(l1_cache_bytes() * kChunkShare) / touched, 1, channels);
-  plan.chunks = ceil_div(channels, plan.chunk);
-  plan.chunk = ceil_div(channels, plan.chunks);
+Lanes make_lanes(const ConvShape& s, int count, int images) {
+  Lanes lanes{count, images, 1, 1, s.P, s.Q};
+  // Halve the longer side until the lanes are full.
+  for (int left = count / images; left > 1; left /= 2) {
+    if (lanes.patch_q > lanes.patch_p) lanes.patches_w *= 2;
+    else lanes.patches_h *= 2;
+    lanes.patch_p = ceil_div(s.P, lanes.patches_h);
+    lanes.patch_q = ceil_div(s.Q, lanes.patches_w);
+  }
+  return lanes;
+}
 
+double entries_per_group(const ConvShape& s, const SparseWeights& weights) {
+  return static_cast<double>(weights.count) / static_cast<double>(s.groups);
+}
+
+// The cheapest way to fill lanes with `images` images.
+Lanes choose_lanes(const ConvShape& s, const Vectors& v, int64_t images, double entries) {
+  Lanes best{};
+  double least = std::numeric_limits<double>::infinity();
+  for (int per_vector = v.lanes; per_vector >= 1; per_vector /= 2) {
+    const Lanes lanes = make_lanes(s, v.lanes, per_vector);
+    const double cycles = static_cast<double>(ceil_div(images, per_vector)) *
+                          cut_patch(s, v, lanes.patch_p, lanes.patch_q, entries).cycles;
+    if (cycles < least) {
+      least = cycles;
+      best = lanes;
+    }
+  }
+  return best;
+}
+
+// The tile of whole segments with the least halo whose planes fit the cache.
+Planes choose_tile(const ConvShape& s, const Vectors& v, const Lanes& lanes, const Cut& cut) {
+  const int64_t channels = s.C / s.groups, most_bytes = static_cast<int64_t>(l2_cache_bytes() * kPlaneShare);
+  int64_t best_p = std::min(cut.rows, lanes.patch_p), best_q = std::min(cut.cols, lanes.patch_q);
+  double least = std::numeric_limits<double>::infinity();
+  for (int64_t p = cut.rows; p < lanes.patch_p + cut.rows; p += cut.rows)
+    for (int64_t q = cut.cols; q < lanes.patch_q + cut.cols; q += cut.cols) {
+      const int64_t tile_p = std::min(p, lanes.patch_p), tile_q = std::min(q, lanes.patch_q);
+      const Planes planes(s, tile_p, tile_q);
+      if (planes.pixels() * channels * v.lanes * v.lane_bytes > most_bytes) break;
+      const double laid_out = static_cast<double>(planes.pixels() * ceil_div(lanes.patch_p, tile_p) *
+                                                  ceil_div(lanes.patch_q, tile_q));
+      if (laid_out < least) {
+        least = laid_out;
+        best_p = tile_p;
+        best_q = tile_q;
+      }
+    }
+  return Planes(s, best_p, best_q);
+}
+
+// Output channels in blocks of about equally many kept weights.
+std::vector<int64_t> make_blocks(const ConvShape& s, const SparseWeights& weights) {
+  const int64_t filters = s.K / s.groups;
+  std::vector<int64_t> blocks(1, 0);
+  // A row also costs what its sums cost: as much as a few weights.
+  const auto cost = [&](int64_t k) {
+    int64_t kept = 0;
+    for (int64_t g = 0; g < s.groups; ++g) kept += weights.indptr[g * filters + k + 1] - weights.indptr[g * filters + k];
+    return kept + 8 * s.groups;
+  };
+  int64_t total = 0;
+  for (int64_t k = 0; k < filters; ++k) total += cost(k);
+  const int64_t wanted = ceil_div(filters, kMaxBlockFilters);
+  int64_t sum = 0;
+  for (int64_t k = 0; k < filters; ++k) {
+    sum += cost(k);
+    const bool full = k + 1 - blocks.back() == kMaxBlockFilters;
+    const bool share = sum * wanted >= total * static_cast<int64_t>(blocks.size());
+    if (full || share || k + 1 == filters) blocks.push_back(k + 1);
+  }
+  return blocks;
+}
+
+void add_entries(UnstructuredPlan& plan, const SparseWeights& weights, int64_t chunk) {
+  const ConvShape& s = plan.shape;
+  const int64_t channels = s.C / s.groups, filters = s.K / s.groups, taps = s.R * s.S;
   plan.entries.reserve(weights.count);
-  plan.starts.reserve(s.groups * plan.chunks * (filters + 1));
+  std::vector<std::pair<Run, int32_t>> found;  // and where its weights begin
   for (int64_t g = 0; g < s.groups; ++g) {
     // Where in each row the next chunk begins: indices ascend, channels outermost.
     std::vector<int32_t> next(weights.indptr + g * filters, weights.indptr + (g + 1) * filters);
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-      const int64_t end = std::min((chunk + 1) * plan.chunk, channels) * taps;
-      for (int64_t k = 0; k < filters; ++k) {
-        plan.starts.push_back(static_cast<int64_t>(plan.entries.size()));
-        const int32_t row_end = weights.indptr[g * filters + k + 1];
-        for (; next[k] < row_end && weights.index[next[k]] < end; ++next[k]) {
-          const int64_t flat = weights.index[next[k]], c = flat / taps, r = flat % taps / s.S, col = flat % s.S;
-          const int64_t offset = c * plan.channel_stride + plan.planes.tap(r, col) * width;
-          plan.entries.push_back({static_cast<int32_t>(offset), weight_at(weights, next[k])});
+    for (int64_t block = 0; block < plan.block_count(); ++block)
+      for (int64_t c = 0; c < plan.chunks; ++c) {
+        const int64_t end = std::min((c + 1) * chunk, channels) * taps;
+        found.clear();
+        for (int64_t k = plan.blocks[block]; k < plan.blocks[block + 1]; ++k) {
+          const int32_t begin = next[k], row_end = weights.indptr[g * filters + k + 1];
+          while (next[k] < row_end && weights.index[next[k]] < end) ++next[k];
+          // The first chunk starts every sum.
+          if (c == 0 || next[k] > begin)
+            found.push_back({{static_cast<int32_t>(k - plan.blocks[block]), next[k] - begin}, begin});
+        }
+        std::stable_sort(found.begin(), found.end(),
+                         [](const auto& a, const auto& b) { return a.first.count < b.first.count; });
+        plan.starts.push_back({static_cast<int64_t>(plan.runs.size()), static_cast<int64_t>(plan.entries.size())});
+        for (const auto& [run, begin] : found) {
+          plan.runs.push_back(run);
+          for (int32_t i = begin; i < begin + run.count; ++i) {
+            const int64_t flat = weights.index[i], channel = flat / taps, r = flat % taps / s.S, col = flat % s.S;
+            const int64_t offset = channel * plan.channel_stride + plan.planes.tap(r, col) * plan.lanes.count;
+            plan.entries.push_back({static_cast<int32_t>(offset), weight_at(weights, i)});
+          }
         }
       }
-      plan.starts.push_back(static_cast<int64_t>(plan.entries.size()));
-    }
   }
+  plan.starts.push_back({static_cast<int64_t>(plan.runs.size()), static_cast<int64_t>(plan.entries.size())});
+}
+
+UnstructuredPlan make_plan(const ConvShape& s, const SparseWeights& weights, const Vectors& v, const Lanes& lanes) {
+  const Cut cut = cut_patch(s, v, lanes.patch_p, lanes.patch_q, entries_per_group(s, weights));
+  UnstructuredPlan plan{s,  lanes, choose_tile(s, v, lanes, cut), cut.rows, cut.cols, 0, ceil_div(s.C / s.groups, cut.chunk),
+                        {}, {},    {},                            {}};
+  // An odd number of cache lines, so that channels spread over the cache's sets.
+  const int64_t line = 64 / v.lane_bytes;
+  plan.channel_stride = (ceil_div(plan.planes.pixels() * v.lanes, line) | 1) * line;
+  plan.blocks = make_blocks(s, weights);
+  add_entries(plan, weights, cut.chunk);
   return plan;
 }
 
 class PreparedUnstructured final : public PreparedConv {
  public:
-  PreparedUnstructured(const ConvShape& s, const SparseWeights& weights, int lanes, int most, RunUnstructured run)
-      : shape_(s), lanes_(lanes), run_(run) {
-    if (s.N >= lanes) by_image_.emplace(make_plan(s, weights, true, lanes, most));
-    if (s.N % lanes != 0) by_pixel_.emplace(make_plan(s, weights, false, lanes, most));
+  PreparedUnstructured(const ConvShape& s, const SparseWeights& weights, const Vectors& v, RunUnstructured run)
+      : whole_(s.N / v.lanes * v.lanes), rest_(s.N - whole_), run_(run) {
+    if (whole_ > 0) by_image_.emplace(make_plan(s, weights, v, make_lanes(s, v.lanes, v.lanes)));
+    if (rest_ > 0)
+      by_patch_.emplace(make_plan(s, weights, v, choose_lanes(s, v, rest_, entries_per_group(s, weights))));
   }
 
   void run(const ConvCall& call) const override {
-    const int64_t whole = shape_.N / lanes_ * lanes_;
-    if (by_image_) run_(*by_image_, call, 0, whole);
-    if (by_pixel_) run_(*by_pixel_, call, whole, shape_.N - whole);
+    if (by_image_) run_(*by_image_, call, 0, whole_);
+    if (by_patch_) run_(*by_patch_, call, whole_, rest_);
   }
 
  private:
-  ConvShape shape_;
-  int lanes_;
+  int64_t whole_, rest_;
   RunUnstructured run_;
-  std::optional<UnstructuredPlan> by_image_;  // whole groups of lanes
-  std::optional<UnstructuredPlan> by_pixel_;  // the images left over
+  std::optional<UnstructuredPlan> by_image_;  // of as many images as there are lanes
+  std::optional<UnstructuredPlan> by_patch_;  // of the images left over
 };
 
-template <int kLanes, int kMost, RunUnstructured kRun>
+template <int kLanes, int kLaneBytes, int kMost, RunUnstructured kRun>
 std::unique_ptr<PreparedConv> prepare(const ConvShape& s, const SparseWeights& weights) {
-  return std::make_unique<PreparedUnstructured>(s, weights, kLanes, kMost, kRun);
+  return std::make_unique<PreparedUnstructured>(s, weights, Vectors{kLanes, kLaneBytes, kMost}, kRun);
 }
 
 std::string why_not(const ConvShape& s, const SparseWeights& weights, DType x_dtype) {
   if (weights.format != Format::kUnstructured) return "it takes unstructured weights";
   if (weights.dtype == DType::kF64 || x_dtype == DType::kF64) return "it computes in float32";
-  const Planes planes(s, 1, s.Q);
-  if (s.C / s.groups * (planes.pixels() + 32) * 16 > INT32_MAX) return "a row of the input is too large for 32-bit offsets";
+  // The smallest tile is one segment.
+  const Planes planes(s, std::min<int64_t>(s.P, kMaxSegmentRows), std::min<int64_t>(s.Q, kMaxSegmentAvx512));
+  if (s.C / s.groups * (planes.pixels() + 2) * 32 > INT32_MAX) return "a tile of the input is too large for 32-bit offsets";
   return {};
 }
 
@@ -120,12 +208,13 @@ std::string why_not(const ConvShape& s, const SparseWeights& weights, DType x_dt
 void add_unstructured_kernels(std::vector<SparseConvKernel>& table) {
 #if defined(VPNS_WITH_AVX512)
   table.push_back({"unstructured_avx512", Isa::kAvx512, false, why_not,
-                   prepare<16, kMaxSegmentAvx512, run_unstructured_avx512>});
+                   prepare<16, 4, kMaxSegmentAvx512, run_unstructured_avx512>});
 #endif
 #if defined(VPNS_WITH_AVX2)
-  table.push_back({"unstructured_avx2", Isa::kAvx2, false, why_not, prepare<8, kMaxSegmentAvx2, run_unstructured_avx2>});
+  table.push_back(
+      {"unstructured_avx2", Isa::kAvx2, false, why_not, prepare<8, 4, kMaxSegmentAvx2, run_unstructured_avx2>});
   table.push_back({"unstructured_avx512_emulated", Isa::kAvx2, true, why_not,
-                   prepare<16, kMaxSegmentAvx512, run_unstructured_avx512_emulated>});
+                   prepare<16, 4, kMaxSegmentAvx512, run_unstructured_avx512_emulated>});
 #endif
 }
 

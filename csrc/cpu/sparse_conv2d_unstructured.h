@@ -1,10 +1,13 @@
 // Unstructured sparse convolution, index-driven: what is prepared, and the one loop over it.
 //
-// Vector lanes are images where the batch fills them, else neighbouring pixels. A tile of the input is laid out as planes
-// [channel][pixel][lane] (planes.h), so that a kept weight is an offset and a value. For a segment of up to kMaxSegment
-// output vectors and one output channel, the sums stay in registers while the channel's kept weights stream past: per
-// weight one broadcast and one multiply-add with a memory operand per vector. Input channels come in chunks whose
-// segment lies in the first-level cache; between chunks the sums rest in a buffer of the second level.
+// A vector's lanes are images, or patches of an image where there are too few: 16 lanes hold 16 images, or 4 images cut
+// into 2 × 2 patches, or one image cut into 4 × 4. The input is laid out as planes [channel][pixel][lane] (planes.h), so
+// that a kept weight is an offset and a value, and every vector is aligned whatever the tap. For a segment (up to 4 rows
+// of output vectors, as many as fit the registers) and one output channel, the sums stay in registers while the
+// channel's kept weights stream past: per weight one broadcast and one multiply-add with a memory operand per vector.
+// Input channels come in chunks whose segment lies in the first-level cache. Output channels come in blocks: between
+// chunks the sums of a block rest in the second level. Within a chunk, output channels are ordered by how many weights
+// they keep, so that the processor predicts where the loop over weights ends.
 #pragma once
 
 #include <cstdint>
@@ -15,32 +18,45 @@
 
 namespace vpns {
 
+// Lane number (image · patches_h + row of patches) · patches_w + column of patches.
+struct Lanes {
+  int count;
+  int images, patches_h, patches_w;
+  int64_t patch_p, patch_q;  // output pixels of a patch
+};
+
 struct TapEntry {
-  int32_t offset;  // floats from the segment's base to the vector this weight multiplies
+  int32_t offset;  // elements from the segment's base to the vector this weight multiplies
   float weight;
 };
 
-// `vectors` output vectors that begin `offset` floats after the tile's base.
-struct Segment {
-  int32_t offset;
-  int32_t vectors;
-  int32_t first;  // flat number of the first lane, counted in lanes over the whole tile
+// The entries that an output channel of a block has in a chunk; they follow those of the run before.
+struct Run {
+  int32_t filter;  // counted from the block's first
+  int32_t count;
+};
+
+// Where the runs of a (group, block, chunk) begin; they end where the next begin.
+struct RunStart {
+  int64_t run, entry;
 };
 
 struct UnstructuredPlan {
   ConvShape shape;
-  bool images_in_lanes;
-  int lanes;
-  Planes planes;
-  int64_t channel_stride;  // floats between two channels of the planes
-  int64_t chunk;           // input channels of a chunk
-  int64_t chunks;
-  std::vector<TapEntry> entries;  // ordered by group, chunk, output channel
-  std::vector<int64_t> starts;    // [groups][chunks][K / groups + 1]
-  std::vector<Segment> segments;
+  Lanes lanes;
+  Planes planes;                // of a tile of patch pixels
+  int64_t rows, cols;           // of a segment; less at the patch's edge
+  int64_t channel_stride;       // elements between two channels of the planes
+  int64_t chunks;               // of input channels
+  std::vector<int64_t> blocks;  // output channels of block b of a group: [blocks[b], blocks[b + 1])
+  std::vector<TapEntry> entries;
+  std::vector<Run> runs;
+  std::vector<RunStart> starts;  // [groups][blocks][chunks], and the end
+
+  int64_t block_count() const { return static_cast<int64_t>(blocks.size()) - 1; }
 };
 
-// The images [first_image, first_image + images) of a call; images fills whole groups of lanes where they are lanes.
+// Images [first_image, first_image + images) of a call; lanes beyond the last stay empty.
 using RunUnstructured = void (*)(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
 
 void run_unstructured_avx2(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
@@ -50,5 +66,9 @@ void run_unstructured_avx512_emulated(const UnstructuredPlan&, const ConvCall&, 
 // Registers that hold sums: of 16 (32) one holds the weight, one is left to the compiler.
 constexpr int kMaxSegmentAvx2 = 14;
 constexpr int kMaxSegmentAvx512 = 28;
+// Rows of a segment: as many as one base and one distance reach without further address arithmetic.
+constexpr int kMaxSegmentRows = 4;
+// Output channels of a block.
+constexpr int64_t kMaxBlockFilters = 128;
 
 }  // namespace vpns

@@ -3,163 +3,185 @@
 
 constexpr int kMaxSegment = VPNS_MAX_SEGMENT;
 
-// out[t] (+)= Σ weight · x[offset + t], t = 0 … T - 1, all in vectors.
-template <int T, bool kFirst>
-void accumulate(const float* x, const TapEntry* entry, const TapEntry* end, float* out, float start) {
-  Vec sum[T];
+// out[r][c] (+)= Σ weight · x[offset + r · pitch + c], all but `pitch` in vectors.
+template <int R, int C, bool kFirst>
+void accumulate(const float* x, int64_t pitch, const TapEntry* entry, const TapEntry* end, float* out, float start) {
+  const float* row[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    row[r] = x + r * pitch;
+    // Kept apart, or the compiler makes an address for each vector and runs out of registers.
+    asm("" : "+r"(row[r]));
+  }
+  Vec sum[R * C];
   // Unrolled before anything else, else the sums pass through the stack.
 #pragma GCC unroll 32
-  for (int t = 0; t < T; ++t) sum[t] = kFirst ? broadcast(start) : load(out + t * kLanes);
+  for (int t = 0; t < R * C; ++t) sum[t] = kFirst ? broadcast(start) : load(out + t * kLanes);
   for (; entry != end; ++entry) {
-    const float* tap = x + entry->offset;
+    const int64_t tap = entry->offset;
     const Vec weight = broadcast(entry->weight);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 32
-    for (int t = 0; t < T; ++t) sum[t] += weight * load(tap + t * kLanes);
+      for (int c = 0; c < C; ++c) sum[r * C + c] += weight * load(row[r] + tap + c * kLanes);
   }
 #pragma GCC unroll 32
-  for (int t = 0; t < T; ++t) store(out + t * kLanes, sum[t]);
+  for (int t = 0; t < R * C; ++t) store(out + t * kLanes, sum[t]);
 }
 
-using Accumulate = void (*)(const float*, const TapEntry*, const TapEntry*, float*, float);
+using Accumulate = void (*)(const float*, int64_t, const TapEntry*, const TapEntry*, float*, float);
 
-template <bool kFirst, int... T>
-constexpr std::array<Accumulate, sizeof...(T)> accumulate_table(std::integer_sequence<int, T...>) {
-  return {accumulate<T + 1, kFirst>...};
+template <int R, bool kFirst, int... C>
+constexpr std::array<Accumulate, kMaxSegment> accumulate_row(std::integer_sequence<int, C...>) {
+  return {accumulate<R, C + 1, kFirst>...};
 }
-constexpr auto kAccumulateFirst = accumulate_table<true>(std::make_integer_sequence<int, kMaxSegment>{});
-constexpr auto kAccumulateMore = accumulate_table<false>(std::make_integer_sequence<int, kMaxSegment>{});
+template <bool kFirst, int... R>
+constexpr std::array<std::array<Accumulate, kMaxSegment>, kMaxSegmentRows> accumulate_table(
+    std::integer_sequence<int, R...>) {
+  return {accumulate_row<R + 1, kFirst>(std::make_integer_sequence<int, kMaxSegment / (R + 1)>{})...};
+}
+// By rows - 1 and columns - 1.
+constexpr auto kAccumulateFirst = accumulate_table<true>(std::make_integer_sequence<int, kMaxSegmentRows>{});
+constexpr auto kAccumulateMore = accumulate_table<false>(std::make_integer_sequence<int, kMaxSegmentRows>{});
 
-// Channels [0, count) of kLanes pixels (null: padding) become vectors: to[c * channel_stride + lane].
+// A tile of one group of images and one group of channels: patch pixels from (p0, q0) on.
+struct Tile {
+  int64_t first_image, end_image, g, p0, q0;
+};
+
+// Rows [begin, end) of all planes of a tile, counted over the planes one after the other.
 template <typename X>
-void gather_lanes(const X* const* pixel, int64_t count, float* to, int64_t channel_stride) {
-  for (int half = 0; half < kLanes; half += 8) {
-    int64_t c = 0;
-    for (; c + 8 <= count; c += 8) {
-      Vec8 rows[8];
-      for (int i = 0; i < 8; ++i) rows[i] = pixel[half + i] ? load8(pixel[half + i] + c) : Vec8{};
-      transpose8(rows);
-      for (int i = 0; i < 8; ++i) store8(to + (c + i) * channel_stride + half, rows[i]);
-    }
-    for (; c < count; ++c)
-      for (int i = 0; i < 8; ++i)
-        to[c * channel_stride + half + i] = pixel[half + i] ? widen(pixel[half + i][c]) : 0.0f;
-  }
-}
-
-// Vectors back to pixels: from[k * stride + lane] goes to the outputs from target[lane] on (-1: not wanted).
-template <typename Y>
-void scatter_lanes(const float* from, int64_t stride, int64_t count, const Output<Y>& out, const int64_t* target) {
-  for (int half = 0; half < kLanes; half += 8) {
-    int64_t k = 0;
-    for (; k + 8 <= count; k += 8) {
-      Vec8 rows[8];
-      for (int i = 0; i < 8; ++i) rows[i] = load8(from + (k + i) * stride + half);
-      transpose8(rows);
-      for (int i = 0; i < 8; ++i)
-        if (target[half + i] >= 0) finish8(out, target[half + i] + k, rows[i]);
-    }
-    for (; k < count; ++k)
-      for (int i = 0; i < 8; ++i)
-        if (target[half + i] >= 0) finish1(out, target[half + i] + k, from[k * stride + half + i]);
-  }
-}
-
-// The input planes of one tile: image (or first of kLanes images) n, output rows from p0, columns from q0, group g.
-template <typename X>
-void load_planes(const UnstructuredPlan& plan, const ConvCall& call, int64_t n, int64_t p0, int64_t q0, int64_t g,
+void load_planes(const UnstructuredPlan& plan, const ConvCall& call, const Tile& tile, int64_t begin, int64_t end,
                  float* to) {
   const ConvShape& s = plan.shape;
+  const Lanes& lanes = plan.lanes;
   const Planes& planes = plan.planes;
   const int64_t channels = s.C / s.groups;
-  const X* x = static_cast<const X*>(call.x) + n * call.x_stride_n + g * channels;
-  const int64_t lane_step = plan.images_in_lanes ? 1 : kLanes;
-  const int64_t width = plan.images_in_lanes ? kLanes : 1;
-  int64_t at = 0;
-  for (const int phase_h : planes.h.phases)
-    for (const int phase_w : planes.w.phases)
-      for (int64_t row = 0; row < planes.rows; ++row) {
-        const int64_t h = (p0 + row) * s.stride_h + phase_h - s.pad_h;
-        const bool row_inside = h >= 0 && h < s.H;
-        for (int64_t col = 0; col < planes.cols; col += lane_step) {
-          const X* pixel[kLanes];
-          for (int lane = 0; lane < kLanes; ++lane) {
-            const int64_t column = plan.images_in_lanes ? col : col + lane;
-            const int64_t w = (q0 + column) * s.stride_w + phase_w - s.pad_w;
-            const bool inside = row_inside && w >= 0 && w < s.W && column < planes.cols;
-            const int64_t image = plan.images_in_lanes ? lane * call.x_stride_n : 0;
-            pixel[lane] = inside ? x + image + h * call.x_stride_h + w * call.x_stride_w : nullptr;
-          }
-          gather_lanes(pixel, channels, to + (at + col) * width, plan.channel_stride);
-        }
-        at += planes.cols;
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t plane = at / planes.rows, phases_w = static_cast<int64_t>(planes.w.phases.size());
+    const int64_t phase_h = planes.h.phases[plane / phases_w], phase_w = planes.w.phases[plane % phases_w];
+    const X* row[kLanes];  // null: padding, or a lane without an image
+    int64_t column[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t a = lane / lanes.patches_w % lanes.patches_h, b = lane % lanes.patches_w;
+      const int64_t n = tile.first_image + lane / lanes.patches_w / lanes.patches_h;
+      const int64_t h = (a * lanes.patch_p + tile.p0 + at % planes.rows) * s.stride_h + phase_h - s.pad_h;
+      column[lane] = (b * lanes.patch_q + tile.q0) * s.stride_w + phase_w - s.pad_w;
+      row[lane] = n < tile.end_image && h >= 0 && h < s.H
+                      ? static_cast<const X*>(call.x) + n * call.x_stride_n + h * call.x_stride_h + tile.g * channels
+                      : nullptr;
+    }
+    for (int64_t col = 0; col < planes.cols; ++col) {
+      const X* pixel[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t w = column[lane] + col * s.stride_w;
+        pixel[lane] = row[lane] != nullptr && w >= 0 && w < s.W ? row[lane] + w * call.x_stride_w : nullptr;
       }
+      gather_lanes(pixel, channels, to + (at * planes.cols + col) * kLanes, plan.channel_stride);
+    }
+  }
+}
+
+// A segment cut to its patch: patch pixels from (p, q) on.
+struct Segment {
+  int64_t p, q, rows, cols;
+  int64_t floats() const { return rows * cols * kLanes; }
+};
+
+// sums[filter of the block][row][column][lane]
+void multiply(const UnstructuredPlan& plan, const Segment& segment, const float* x, int64_t g, int64_t block,
+              const float* bias, float* sums) {
+  const int64_t pitch = plan.planes.cols * kLanes;
+  for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+    const Accumulate run_entries =
+        (chunk == 0 ? kAccumulateFirst : kAccumulateMore)[segment.rows - 1][segment.cols - 1];
+    const RunStart* start = &plan.starts[(g * plan.block_count() + block) * plan.chunks + chunk];
+    const TapEntry* entry = plan.entries.data() + start[0].entry;
+    for (int64_t i = start[0].run; i < start[1].run; ++i) {
+      const Run& run = plan.runs[i];
+      run_entries(x, pitch, entry, entry + run.count, sums + run.filter * segment.floats(),
+                  bias ? bias[run.filter] : 0.0f);
+      entry += run.count;
+    }
+  }
 }
 
 template <typename Y>
-void store_segment(const UnstructuredPlan& plan, const ConvCall& call, const Segment& segment, int64_t n, int64_t p0,
-                   int64_t q0, int64_t k0, int64_t count, const float* sums) {
+void store_segment(const UnstructuredPlan& plan, const ConvCall& call, const Tile& tile, const Segment& segment,
+                   int64_t k0, int64_t count, const float* sums) {
   const ConvShape& s = plan.shape;
+  const Lanes& lanes = plan.lanes;
   const Output<Y> out(call);
-  for (int t = 0; t < segment.vectors; ++t) {
-    int64_t target[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t flat = plan.images_in_lanes ? segment.first + t : segment.first + t * kLanes + lane;
-      const int64_t row = flat / plan.planes.cols, col = flat % plan.planes.cols;
-      const int64_t p = p0 + row, q = q0 + col, image = plan.images_in_lanes ? n + lane : n;
-      const bool wanted = row < plan.planes.tile_p && col < plan.planes.tile_q && p < s.P && q < s.Q;
-      target[lane] = wanted ? ((image * s.P + p) * s.Q + q) * s.K + k0 : -1;
+  for (int64_t row = 0; row < segment.rows; ++row)
+    for (int64_t col = 0; col < segment.cols; ++col) {
+      int64_t target[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t p = lane / lanes.patches_w % lanes.patches_h * lanes.patch_p + segment.p + row;
+        const int64_t q = lane % lanes.patches_w * lanes.patch_q + segment.q + col;
+        const int64_t n = tile.first_image + lane / lanes.patches_w / lanes.patches_h;
+        target[lane] = n < tile.end_image && p < s.P && q < s.Q ? ((n * s.P + p) * s.Q + q) * s.K + k0 : -1;
+      }
+      scatter_lanes(sums + (row * segment.cols + col) * kLanes, segment.floats(), count, out, target);
     }
-    scatter_lanes(sums + t * kLanes, segment.vectors * kLanes, count, out, target);
-  }
+}
+
+// All segments of a tile for one block of output channels.
+template <typename Y>
+void run_block(const UnstructuredPlan& plan, const ConvCall& call, const Tile& tile, int64_t block, const float* planes,
+               float* sums, PhaseClock& clock) {
+  const int64_t filters = plan.shape.K / plan.shape.groups;
+  const int64_t k0 = tile.g * filters + plan.blocks[block], count = plan.blocks[block + 1] - plan.blocks[block];
+  const float* bias = call.bias ? static_cast<const float*>(call.bias) + k0 : nullptr;
+  const int64_t rows = std::min(plan.planes.tile_p, plan.lanes.patch_p - tile.p0);
+  const int64_t cols = std::min(plan.planes.tile_q, plan.lanes.patch_q - tile.q0);
+  for (int64_t p = 0; p < rows; p += plan.rows)
+    for (int64_t q = 0; q < cols; q += plan.cols) {
+      const Segment segment{tile.p0 + p, tile.q0 + q, std::min(plan.rows, rows - p), std::min(plan.cols, cols - q)};
+      multiply(plan, segment, planes + (p * plan.planes.cols + q) * kLanes, tile.g, block, bias, sums);
+      clock.ends(kProducts);
+      store_segment<Y>(plan, call, tile, segment, k0, count, sums);
+      clock.ends(kStores);
+    }
 }
 
 template <typename X, typename Y>
 void run_typed(const UnstructuredPlan& plan, const ConvCall& call, int64_t first_image, int64_t images) {
   const ConvShape& s = plan.shape;
-  const int64_t channels = s.C / s.groups, filters = s.K / s.groups;
-  const int64_t image_step = plan.images_in_lanes ? kLanes : 1;
-  const int64_t tiles_p = ceil_div(s.P, plan.planes.tile_p), tiles_q = ceil_div(s.Q, plan.planes.tile_q);
-  const int64_t tiles = images / image_step * tiles_p * tiles_q * s.groups;
-  // Too few tiles for the threads: share out the output channels too (each part lays out the input again).
-  const int64_t parts = std::clamp<int64_t>(ceil_div(2 * call.threads, std::max<int64_t>(tiles, 1)), 1,
-                                            call.threads == 1 ? 1 : ceil_div(filters, 16));
-  const float* bias = static_cast<const float*>(call.bias);
+  const int64_t tiles_p = ceil_div(plan.lanes.patch_p, plan.planes.tile_p);
+  const int64_t tiles_q = ceil_div(plan.lanes.patch_q, plan.planes.tile_q);
+  const int64_t tiles = ceil_div(images, plan.lanes.images) * s.groups * tiles_p * tiles_q;
+  const auto tile_at = [&](int64_t number) {
+    const int64_t q = number % tiles_q, p = number / tiles_q % tiles_p, rest = number / tiles_q / tiles_p;
+    const int64_t n = first_image + rest / s.groups * plan.lanes.images;
+    return Tile{n, first_image + images, rest % s.groups, p * plan.planes.tile_p, q * plan.planes.tile_q};
+  };
+  const int64_t tile_floats = s.C / s.groups * plan.channel_stride;
+  const int64_t sum_floats = kMaxBlockFilters * kMaxSegment * kLanes;
+  const int64_t plane_rows = plan.planes.plane_count() * plan.planes.rows, blocks = plan.block_count();
+  // Too few tiles to keep every thread busy: they lay out all of them together, then share out the output channels too.
+  const bool together = call.threads > 1 && tiles < 4 * call.threads;
+  float* const shared = together ? thread_scratch(tiles * tile_floats + sum_floats) : nullptr;
 #pragma omp parallel num_threads(call.threads)
   {
-    float* planes = thread_scratch(channels * plan.channel_stride + filters * kMaxSegment * kLanes);
-    float* sums = planes + channels * plan.channel_stride;
     PhaseClock clock(call);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t task = 0; task < tiles * parts; ++task) {
-      int64_t rest = task;
-      const int64_t part = rest % parts;
-      rest /= parts;
-      const int64_t q0 = rest % tiles_q * plan.planes.tile_q;
-      rest /= tiles_q;
-      const int64_t p0 = rest % tiles_p * plan.planes.tile_p;
-      rest /= tiles_p;
-      const int64_t g = rest % s.groups;
-      const int64_t n = first_image + rest / s.groups * image_step;
-      const int64_t k_begin = filters * part / parts, k_end = filters * (part + 1) / parts;
-      load_planes<X>(plan, call, n, p0, q0, g, planes);
+    if (together) {
+      float* const sums = omp_get_thread_num() == 0 ? shared + tiles * tile_floats : thread_scratch(sum_floats);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < tiles * plane_rows; ++i)
+        load_planes<X>(plan, call, tile_at(i / plane_rows), i % plane_rows, i % plane_rows + 1,
+                       shared + i / plane_rows * tile_floats);
       clock.ends(kLayout);
-      for (const Segment& segment : plan.segments) {
-        if (plan.images_in_lanes && p0 + segment.first / plan.planes.cols >= s.P) continue;
-        const int64_t row = segment.vectors * kLanes;
-        for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-          const Accumulate run = (chunk == 0 ? kAccumulateFirst : kAccumulateMore)[segment.vectors - 1];
-          const int64_t* starts = &plan.starts[(g * plan.chunks + chunk) * (filters + 1)];
-          const TapEntry* entries = plan.entries.data();
-          const float* x = planes + segment.offset;
-          for (int64_t k = k_begin; k < k_end; ++k) {
-            if (chunk > 0 && starts[k] == starts[k + 1]) continue;
-            run(x, entries + starts[k], entries + starts[k + 1], sums + (k - k_begin) * row,
-                bias ? bias[g * filters + k] : 0.0f);
-          }
-        }
-        clock.ends(kProducts);
-        store_segment<Y>(plan, call, segment, n, p0, q0, g * filters + k_begin, k_end - k_begin, sums);
-        clock.ends(kStores);
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t i = 0; i < tiles * blocks; ++i)
+        run_block<Y>(plan, call, tile_at(i / blocks), i % blocks, shared + i / blocks * tile_floats, sums, clock);
+    } else {
+      float* const planes = thread_scratch(tile_floats + sum_floats);
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t i = 0; i < tiles; ++i) {
+        load_planes<X>(plan, call, tile_at(i), 0, plane_rows, planes);
+        clock.ends(kLayout);
+        for (int64_t block = 0; block < blocks; ++block)
+          run_block<Y>(plan, call, tile_at(i), block, planes, planes + tile_floats, clock);
       }
     }
   }
