@@ -2,7 +2,7 @@
 
 from vpns_kernels.formats import Packed, pack, unpack
 from vpns_kernels.geometry import ConvGeometry, PromptGeometry
-from vpns_kernels.ops import OPS, select_threshold, sparse_conv2d, sparse_conv2d_fused
+from vpns_kernels.ops import OPS, batch_norm_act, select_threshold, sparse_conv2d, sparse_conv2d_fused
 from vpns_kernels.patterns import Pattern, parse_pattern
 from vpns_kernels.refresh import Refresh, refresh_mask
 
@@ -13,6 +13,7 @@ __all__ = [
     "Pattern",
     "PromptGeometry",
     "Refresh",
+    "batch_norm_act",
     "pack",
     "parse_pattern",
     "refresh_mask",

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 # torch brings the OpenMP runtime that the library shares with it.
-import torch  # noqa: F401
+import torch
 
 
 def _load() -> tuple[Any, str | None]:
@@ -22,6 +22,7 @@ def _load() -> tuple[Any, str | None]:
 
 # At import, not at first use: a graph that torch.compile traces may ask, but not load.
 _LIBRARY, _REASON = _load()
+_ISA_AT_IMPORT: tuple[str, ...] = () if _LIBRARY is None else tuple(_LIBRARY.isa_list())
 
 
 def why_not() -> str | None:
@@ -34,6 +35,13 @@ def library() -> Any:
     if _LIBRARY is None:
         raise ImportError(f"vpns_kernels.native: expected the compiled library, got nothing: {_REASON}")
     return _LIBRARY
+
+
+def has_isa(name: str) -> bool:
+    """Whether the named instruction set may be used now; a graph that is traced takes what held at import."""
+    if torch.compiler.is_compiling():
+        return name in _ISA_AT_IMPORT
+    return _LIBRARY is not None and name in _LIBRARY.isa_list()
 
 
 def why_no_cuda() -> str | None:

@@ -32,6 +32,15 @@ LIBRARY.define(
     "sparse_conv2d_backward(Tensor grad, Tensor x, Tensor values, Tensor[] layout, int[4] weight_shape, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups) -> (Tensor grad_x, Tensor grad_values)"
 )
+LIBRARY.define(
+    "batch_norm_act(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? residual, str act, str backend) "
+    "-> (Tensor y, Tensor mean, Tensor variance)"
+)
+LIBRARY.define(
+    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor y, Tensor mean, Tensor variance, "
+    "float eps, str act, bool has_residual, str backend) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)"
+)
 
 
 @torch.library.register_fake("vpns::select_threshold", lib=LIBRARY)
@@ -81,6 +90,32 @@ def _sparse_conv2d_backward(
     grad: Tensor, x: Tensor, values: Tensor, *geometry: object
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(values)
+
+
+@torch.library.register_fake("vpns::batch_norm_act", lib=LIBRARY)
+def _batch_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, act: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    return y, torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.register_fake("vpns::batch_norm_act_backward", lib=LIBRARY)
+def _batch_norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    act: str,
+    has_residual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    grad_residual = torch.empty_like(grad_x) if has_residual else x.new_empty(0)
+    return grad_x, torch.empty_like(weight), torch.empty_like(weight), grad_residual
 
 
 def _geometry(

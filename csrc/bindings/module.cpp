@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/convert.h"
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
@@ -10,26 +11,6 @@ namespace py = pybind11;
 
 namespace vpns {
 namespace {
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-DType dtype(const std::string& name) {
-  if (name == "float32") return DType::kF32;
-  if (name == "bfloat16") return DType::kBF16;
-  if (name == "float64") return DType::kF64;
-  if (name == "float16") return DType::kF16;
-  fail("dtype", "float32, bfloat16, float16 or float64", name);
-}
-
-Act activation(const std::string& name) {
-  if (name == "none") return Act::kNone;
-  if (name == "relu") return Act::kRelu;
-  if (name == "relu6") return Act::kRelu6;
-  fail("act", "none, relu or relu6", name);
-}
 
 ConvShape shape(const std::vector<int64_t>& v) {
   check(v.size() == 16, "ConvShape", "16 sizes", v.size());
@@ -70,6 +51,8 @@ PYBIND11_MODULE(_native, m) {
         return std::make_pair(found.value, found.ties_kept);
       },
       py::arg("data"), py::arg("counts"), py::arg("kept"), py::arg("threads"));
+
+  bind_batch_norm_act(m);
 
   py::class_<Weights>(m, "Weights").def(py::init(&weights), py::arg("values"), py::arg("dtype"), py::arg("indptr"),
                                         py::arg("index"), py::arg("sizes"));

@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
+#include "cpu/batch_norm_act.h"
 #include "cpu/phases.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_block.h"
@@ -25,5 +28,6 @@ namespace {
 #include "cpu/lanes.inl"
 #include "cpu/sparse_conv2d_unstructured.inl"
 #include "cpu/sparse_conv2d_block.inl"
+#include "cpu/batch_norm_act.inl"
 }  // namespace
 }  // namespace vpns

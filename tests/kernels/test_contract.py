@@ -51,7 +51,28 @@ def check_sparse_conv2d_fused(args: dict[str, Any], y: Any) -> None:
     assert conv_excess(y, args["x"], weight, args["bias"], args["geometry"], residual, act) <= 1
 
 
+def check_batch_norm_act(args: dict[str, Any], result: Any) -> None:
+    """As torch's in float64, to the rounding of y's dtype and of float32 sums."""
+    y, mean, variance = result
+    x = args["x"].double()
+    scale = (x.var((0, 2, 3), correction=0) + 1e-5).rsqrt() * args["weight"].double()
+    truth = torch.nn.functional.batch_norm(
+        x, None, None, args["weight"].double(), args["bias"].double(), training=True
+    )
+    if args["residual"] is not None:
+        truth = truth + args["residual"].double()
+    truth = {"none": lambda t: t, "relu": torch.relu, "relu6": torch.nn.functional.relu6}[args["act"]](truth)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    # A mean in float32 carries an error of its own size times the roundoff, which the scale multiplies.
+    roundoff = 4 * torch.finfo(mean.dtype).eps * (1 + x.abs().amax() * (1 + scale.abs().amax()))
+    bound = torch.finfo(y.dtype).eps * truth.abs() + roundoff
+    assert bool(((y.double() - truth).abs() <= bound).all())
+    torch.testing.assert_close(mean.double(), x.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), x.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-7)
+
+
 CHECKS: dict[str, Callable[[dict[str, Any], Any], None]] = {
+    "batch_norm_act": check_batch_norm_act,
     "select_threshold": check_select_threshold,
     "sparse_conv2d": check_sparse_conv2d,
     "sparse_conv2d_fused": check_sparse_conv2d_fused,
@@ -70,6 +91,7 @@ def run(name: str, args: dict[str, Any], backend: str) -> Any:
 
 def can_run(op: Any, args: dict[str, Any], backend: str) -> bool:
     inputs = {
+        "batch_norm_act": lambda: (args["x"], args["weight"], args["bias"], 1e-5, args["residual"], "none"),
         "select_threshold": lambda: (args["scores"], 1),
         "sparse_conv2d": lambda: (args["x"], args["values"]),
         "sparse_conv2d_fused": lambda: (args["x"], args["values"]),
