@@ -21,6 +21,7 @@ class EdgeLayer:
         kept: "some" units, "none", "one", "all", or "some" but none in every other "row" (output channels)
             or "column" (input channels).
         memory: of the input: "channels_last", "contiguous", or "sliced" from a larger tensor of NaN.
+        out_dtype: of the output and the residual; the input's own where empty.
     """
 
     images: int = 2
@@ -38,6 +39,9 @@ class EdgeLayer:
     kept: str = "some"
     has_bias: bool = True
     memory: str = "channels_last"
+    has_residual: bool = False
+    act: str = "none"
+    out_dtype: str = ""
     seed: int = 0
 
     @property
@@ -57,15 +61,21 @@ class EdgeLayer:
         found = parse_pattern(self.pattern)
         return self.pattern != "channel" and self.filters // self.groups % found.bk == 0
 
-    def build(self) -> tuple[Tensor, Packed, Tensor | None]:
-        """(x, packed weight, bias), the same at each call."""
+    def build(self) -> tuple[Tensor, Packed, Tensor | None, Tensor | None]:
+        """(x, packed weight, bias, residual), the same at each call."""
         generator = torch.Generator().manual_seed(self.seed)
         dtype = getattr(torch, self.dtype)
         weight = torch.randn(self.geometry.weight_shape, generator=generator).to(dtype)
         packed = pack(weight, self._mask(generator), parse_pattern(self.pattern), self.geometry)
         bias = torch.randn(self.filters, generator=generator).to(dtype) if self.has_bias else None
         size = (self.images, self.channels, self.height, self.width)
-        return self._place(torch.randn(size, generator=generator).to(dtype)), packed, bias
+        x = self._place(torch.randn(size, generator=generator).to(dtype))
+        residual = None
+        if self.has_residual:
+            size = (self.images, self.filters, *self.geometry.output_size(self.height, self.width))
+            residual = torch.randn(size, generator=generator).to(getattr(torch, self.out_dtype or self.dtype))
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        return x, packed, bias, residual
 
     def _mask(self, generator: torch.Generator) -> Tensor:
         pattern, shape = parse_pattern(self.pattern), self.geometry.weight_shape

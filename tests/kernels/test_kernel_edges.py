@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from tests.kernels.edge_layers import EdgeLayer
 from tests.kernels.test_contract import CHECKS, ROWS, can_run, run
 from vpns_kernels import native, unpack
+from vpns_kernels.ops._cpu import Prepared
 from vpns_kernels.ops.case import Case
-from vpns_kernels.sparse_modules import SparseConv2d
 from vpns_kernels.testing import conv_excess, poisoned_memory
 
 LIBRARY = native.library()
 KERNELS = LIBRARY.sparse_conv2d_kernels(True)
+DTYPES = ("float32", "bfloat16", "float16")
 PATTERNS = ("unstructured", "block:16x16", "block:32x32", "block:8x4", "channel")
 # T - 1, T and T + 1 of every tile: lanes, pixels and vectors in registers, blocks; and some primes.
 EDGES = (1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 27, 28, 29, 31, 32, 33)
@@ -77,35 +78,39 @@ def capped(isa: str) -> Iterator[None]:
 
 def outputs_of_all_kernels(layer: EdgeLayer) -> dict[str, torch.Tensor]:
     """What each native kernel that takes the layer gives."""
-    x, packed, bias = layer.build()
+    x, packed, bias, residual = layer.build()
+    out_dtype = getattr(torch, layer.out_dtype or layer.dtype)
     found: dict[str, torch.Tensor] = {}
-    with torch.no_grad():
-        for kernel in KERNELS:
-            module = SparseConv2d(packed, bias, kernel)
-            try:
-                name = module.kernel_for(x)
-            except ValueError:
-                continue
-            if name == kernel:
-                found[kernel] = module(x)
+    for kernel in KERNELS:
+        try:
+            prepared = Prepared(packed.values, packed.layout, packed.geometry, x.shape, x.dtype, kernel)
+        except ValueError:
+            continue
+        found[kernel] = prepared.run(x, bias, residual, layer.act, out_dtype)
     return found
 
 
 def assert_all_kernels_meet_the_bound(layer: EdgeLayer) -> None:
     found = outputs_of_all_kernels(layer)
-    if not found:
-        assert layer.pattern == "channel"
-        return
-    x, packed, bias = layer.build()
+    assert "scalar" in found
+    x, packed, bias, residual = layer.build()
     weight = unpack(packed.values, packed.layout, packed.geometry)
-    # One judgement for all: their outputs side by side, as if the batch were repeated.
-    repeated = torch.cat([x] * len(found)).contiguous(memory_format=torch.channels_last)
-    if conv_excess(torch.cat([*found.values()]), repeated, weight, bias, packed.geometry) > 1:
-        each = {name: conv_excess(y, x, weight, bias, packed.geometry) for name, y in found.items()}
+
+    def excess(y: torch.Tensor, copies: int) -> float:
+        # As if the batch were repeated: one judgement for all kernels.
+        many, more = (
+            None if a is None else torch.cat([a] * copies).contiguous(memory_format=torch.channels_last)
+            for a in (x, residual)
+        )
+        assert many is not None
+        return conv_excess(y, many, weight, bias, packed.geometry, more, layer.act)
+
+    if excess(torch.cat([*found.values()]), len(found)) > 1:
+        each = {name: excess(y, 1) for name, y in found.items()}
         raise AssertionError(f"{layer}: times the bound: {each}")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kernel_meets_the_bound_at_the_edges_of_its_tiles(
@@ -120,7 +125,7 @@ def test_every_kernel_meets_the_bound_at_the_edges_of_its_tiles(
 def test_the_edges_reach_every_kernel() -> None:
     reached = {
         kernel
-        for pattern, dtype in product(PATTERNS, ("float32", "bfloat16"))
+        for pattern, dtype in product(PATTERNS, DTYPES)
         for kernel in outputs_of_all_kernels(EdgeLayer(channels=32, filters=32, pattern=pattern, dtype=dtype))
     }
     assert reached == set(KERNELS)
@@ -168,10 +173,13 @@ def edge_layers(draw: st.DrawFn) -> EdgeLayer:
         dilation=draw(pairs(1, 2, 3)),
         groups=groups,
         pattern=draw(st.sampled_from(PATTERNS)),
-        dtype=draw(st.sampled_from(("float32", "bfloat16"))),
+        dtype=draw(st.sampled_from(DTYPES)),
         kept=draw(st.sampled_from(("some", "none", "one", "all", "row", "column"))),
         has_bias=draw(st.booleans()),
         memory=draw(st.sampled_from(("channels_last", "contiguous", "sliced"))),
+        has_residual=draw(st.booleans()),
+        act=draw(st.sampled_from(("none", "relu", "relu6"))),
+        out_dtype=draw(st.sampled_from(("", *DTYPES))),
         seed=draw(st.integers(0, 99)),
     )
     taps = layer.kernel_size[0] * layer.kernel_size[1]
