@@ -21,6 +21,9 @@ struct Vectors {
 constexpr double kPlaneShare = 0.7;
 // A chunk may be this much larger than the first-level cache: sums that pass through it more often cost more than misses.
 constexpr double kChunkShare = 1.2;
+// Weights of an output channel in a chunk, were all kept: what one sum may add up without losing more to rounding than
+// a dense kernel does.
+constexpr int64_t kChunkWeights = 256;
 
 // What a patch costs in cycles, roughly, with segments of one size.
 struct Cut {
@@ -34,7 +37,8 @@ Cut cut_patch(const ConvShape& s, const Vectors& v, int64_t patch_p, int64_t pat
   for (int64_t rows = 1; rows <= std::min<int64_t>(kMaxSegmentRows, patch_p); ++rows)
     for (int64_t cols = 1; cols <= std::min<int64_t>(v.most / rows, patch_q); ++cols) {
       const int64_t touched = Planes(s, rows, cols).pixels() * v.lanes * v.lane_bytes;
-      const int64_t most = static_cast<int64_t>(l1_cache_bytes() * kChunkShare) / touched;
+      const int64_t most = std::min(static_cast<int64_t>(l1_cache_bytes() * kChunkShare) / touched,
+                                    kChunkWeights / (s.R * s.S));
       const int64_t chunks = ceil_div(channels, std::clamp<int64_t>(most, 1, channels));
       const double vectors = patch_p * patch_q, segments = ceil_div(patch_p, rows) * ceil_div(patch_q, cols);
       // A weight: a multiply-add per vector and its broadcast. A run: sums in and out, and a loop that ends.

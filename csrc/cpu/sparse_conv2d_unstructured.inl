@@ -3,7 +3,8 @@
 
 constexpr int kMaxSegment = VPNS_MAX_SEGMENT;
 
-// out[r][c] (+)= Σ weight · x[offset + r · pitch + c], all but `pitch` in vectors.
+// out[r][c] (+)= Σ weight · x[offset + r · pitch + c], all but `pitch` in vectors. A chunk is summed up before it joins the
+// others: one sum over all kept weights would lose more to rounding.
 template <int R, int C, bool kFirst>
 void accumulate(const float* x, int64_t pitch, const TapEntry* entry, const TapEntry* end, float* out, float start) {
   const float* row[R];
@@ -16,7 +17,7 @@ void accumulate(const float* x, int64_t pitch, const TapEntry* entry, const TapE
   Vec sum[R * C];
   // Unrolled before anything else, else the sums pass through the stack.
 #pragma GCC unroll 32
-  for (int t = 0; t < R * C; ++t) sum[t] = kFirst ? broadcast(start) : load(out + t * kLanes);
+  for (int t = 0; t < R * C; ++t) sum[t] = broadcast(kFirst ? start : 0.0f);
   for (; entry != end; ++entry) {
     const int64_t tap = entry->offset;
     const Vec weight = broadcast(entry->weight);
@@ -26,7 +27,7 @@ void accumulate(const float* x, int64_t pitch, const TapEntry* entry, const TapE
       for (int c = 0; c < C; ++c) sum[r * C + c] += weight * load(row[r] + tap + c * kLanes);
   }
 #pragma GCC unroll 32
-  for (int t = 0; t < R * C; ++t) store(out + t * kLanes, sum[t]);
+  for (int t = 0; t < R * C; ++t) store(out + t * kLanes, kFirst ? sum[t] : load(out + t * kLanes) + sum[t]);
 }
 
 using Accumulate = void (*)(const float*, int64_t, const TapEntry*, const TapEntry*, float*, float);

@@ -131,11 +131,13 @@ def test_the_edges_reach_every_kernel() -> None:
     assert reached == set(KERNELS)
 
 
-@pytest.mark.xfail(
+ONE_SUM = pytest.mark.xfail(
     strict=True,
     reason="one running float32 sum over more than some 300 kept weights: 1.3 to 2.2 times the bound",
 )
-@pytest.mark.parametrize("pattern", ["unstructured", "block:32x32"])
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", pytest.param("block:32x32", marks=ONE_SUM)])
 def test_every_kernel_meets_the_bound_on_long_sums(pattern: str) -> None:
     assert_all_kernels_meet_the_bound(
         EdgeLayer(17, 512, 35, 3, 3, pattern=pattern, kept="all", has_bias=False)
