@@ -16,10 +16,10 @@
 namespace vpns {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Fp16, Isa::kAmx};
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAvx512Fp16, Isa::kAmx};
 
 struct Features {
-  bool avx2 = false, avx512 = false, avx512_fp16 = false, amx = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, avx512_fp16 = false, amx = false;
 };
 
 #if defined(__x86_64__)
@@ -51,7 +51,8 @@ Features detect() {
   const bool tiles = bit(d, 22) && bit(d, 24);
   unsigned a1 = 0, b1 = 0, c1 = 0, d1 = 0;
   const bool bf16 = __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && bit(a1, 5);
-  found.amx = found.avx512 && bf16 && tiles && os_tiles && request_amx_permission();
+  found.avx512_bf16 = found.avx512 && bf16;
+  found.amx = found.avx512_bf16 && tiles && os_tiles && request_amx_permission();
   return found;
 }
 #else
@@ -66,7 +67,7 @@ const Features& features() {
 Isa parse(const std::string& name) {
   for (Isa isa : kAll)
     if (name == isa_name(isa)) return isa;
-  fail("isa_cap", "one of scalar, avx2, avx512, avx512_fp16, amx", "'" + name + "'");
+  fail("isa_cap", "one of scalar, avx2, avx512, avx512_bf16, avx512_fp16, amx", "'" + name + "'");
 }
 
 std::atomic<int>& cap() {
@@ -84,6 +85,7 @@ const char* isa_name(Isa isa) {
     case Isa::kScalar: return "scalar";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
+    case Isa::kAvx512Bf16: return "avx512_bf16";
     case Isa::kAvx512Fp16: return "avx512_fp16";
     case Isa::kAmx: return "amx";
   }
@@ -96,6 +98,7 @@ bool isa_usable(Isa isa) {
     case Isa::kScalar: return true;
     case Isa::kAvx2: return features().avx2;
     case Isa::kAvx512: return features().avx512;
+    case Isa::kAvx512Bf16: return features().avx512_bf16;
     case Isa::kAvx512Fp16: return features().avx512_fp16;
     case Isa::kAmx: return features().amx;
   }

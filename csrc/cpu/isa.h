@@ -6,14 +6,14 @@
 
 namespace vpns {
 
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Fp16 = 3, kAmx = 4 };
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAvx512Fp16 = 4, kAmx = 5 };
 
 const char* isa_name(Isa isa);
 
 // Whether the CPU, the operating system and the cap allow it.
 bool isa_usable(Isa isa);
 
-// Never use anything above `name` ("scalar", "avx2", "avx512", "avx512_fp16", "amx"); empty lifts the cap.
+// Never use anything above `name` ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_fp16", "amx"); empty lifts the cap.
 // The environment variable VPNS_ISA sets the cap that holds at the start.
 void isa_cap(const std::string& name);
 

@@ -20,14 +20,17 @@
 #define VPNS_MAX_SEGMENT kMaxSegmentAvx2
 #define VPNS_RUN_UNSTRUCTURED run_unstructured_avx2
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx2
-#define VPNS_RUN_BLOCK run_block_avx2
 
 namespace vpns {
 namespace {
 #include "cpu/simd.inl"
 #include "cpu/lanes.inl"
 #include "cpu/sparse_conv2d_unstructured.inl"
+#include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
 #include "cpu/batch_norm_act.inl"
 }  // namespace
+
+void run_block_avx2(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
+
 }  // namespace vpns

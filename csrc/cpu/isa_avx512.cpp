@@ -17,13 +17,16 @@
 #define VPNS_MAX_SEGMENT kMaxSegmentAvx512
 #define VPNS_RUN_UNSTRUCTURED run_unstructured_avx512
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
-#define VPNS_RUN_BLOCK run_block_avx512
 
 namespace vpns {
 namespace {
 #include "cpu/simd.inl"
 #include "cpu/lanes.inl"
 #include "cpu/sparse_conv2d_unstructured.inl"
+#include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
 }  // namespace
+
+void run_block_avx512(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
+
 }  // namespace vpns

@@ -19,7 +19,6 @@
 #define VPNS_MAX_SEGMENT kMaxSegmentAvx512
 #define VPNS_RUN_UNSTRUCTURED run_unstructured_avx512_emulated
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
-#define VPNS_RUN_BLOCK run_block_avx512_emulated
 #define VPNS_RUN_AMX run_amx_emulated
 
 namespace vpns {
@@ -27,8 +26,13 @@ namespace {
 #include "cpu/simd.inl"
 #include "cpu/lanes.inl"
 #include "cpu/sparse_conv2d_unstructured.inl"
+#include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
 #include "cpu/tiles_emulated.inl"
 #include "cpu/sparse_conv2d_amx.inl"
 }  // namespace
+
+void run_block_avx512_emulated(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
+void run_block_avx512_bf16_emulated(const BlockPlan& plan, const ConvCall& call) { run_block<Bf16>(plan, call); }
+
 }  // namespace vpns

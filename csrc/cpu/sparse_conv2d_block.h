@@ -1,38 +1,78 @@
-// Block-sparse convolution in float32: what is prepared, and the one loop over it.
+// Convolution with blocks of kept weights on vectors of output channels: what is prepared, and how it is run.
 //
-// A tile of the input is laid out as planes [pixel][channel] (planes.h), padded with zeros, so that a kept block is one
-// offset and a small dense matrix. The sums of a few output pixels × up to two vectors of output channels stay in
-// registers while all kept blocks of those channels stream past: a matrix product whose inner dimension is only what was
-// kept. A 1×1 layer without padding reads the input where it is.
+// A tile of the input is laid out as planes [row][column][channel], padded with zeros, so that every filter tap is one
+// offset and needs no border cases. The sums of a few output pixels × up to two vectors of output channels (a strip) stay
+// in registers while all kept weights of those channels stream past: a matrix product whose inner dimension is only what
+// was kept. Its unit is a 32-bit word: one channel in float32, a pair of channels in bf16. Kept weights that read
+// neighbouring words are one run. A 1×1 layer without padding reads the input where it is.
+//
+// Channel weights are the same loop with everything kept: input channels are gathered when the planes are laid out, sums
+// scattered among the pruned outputs when they are stored.
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/planes.h"
 #include "params.h"
 
 namespace vpns {
 
+// One axis of the planes: only what some tap reads is laid out.
+struct BlockAxis {
+  int64_t skip;      // rows (columns) of the input from one of the planes to the next
+  int64_t step;      // rows of the planes from one output to the next
+  int64_t distance;  // rows of the planes from one tap to the next
+  int64_t taps;
+
+  int64_t extent(int64_t outputs) const { return (outputs - 1) * step + (taps - 1) * distance + 1; }
+};
+
+// Kept weights whose inputs are neighbours.
+struct BlockRun {
+  int64_t offset;  // cells from an output pixel's base
+  int64_t words;
+};
+
+// The outputs whose sums are made together.
+struct BlockStrip {
+  int64_t k0;         // the first of its output channels
+  int64_t span;       // how many output channels it writes, pruned ones included
+  int64_t count;      // how many of them have sums: at most two vectors
+  int64_t first_run, runs;
+  int64_t weights;    // index of its first word of weights
+  int64_t first_mask; // where span > count: of `keeps`, by 16 output channels
+};
+
 struct BlockPlan {
   ConvShape shape;
-  Planes planes;
-  int64_t bk, bc;
-  int64_t padded_bk;       // bk rounded up to whole vectors
-  int64_t group_channels;  // channels of a group in the planes, rounded up to whole blocks
-  bool may_read_in_place;  // a float32 input can itself serve as the planes
-  std::vector<float> weights;    // [blocks][bc][padded_bk]
-  std::vector<int64_t> offsets;  // by block, floats from an output pixel's base
-  std::vector<int64_t> starts;   // [block rows + 1]
+  int64_t cell_bytes;     // of one channel in the planes: 4 in float32, 2 in bf16
+  BlockAxis h, w;
+  int64_t tile_p, tile_q; // output pixels of a task
+  int64_t rows, cols;     // of the planes of a task
+  int64_t group_cells;    // channels of a group in the planes
+  bool may_read_in_place; // an input of the planes' type can itself serve as the planes
+  std::vector<uint16_t> gather;  // kept input channels, a bit each; empty where all are
+  std::vector<uint16_t> keeps;   // kept output channels of the strips, a bit each
+  std::vector<BlockStrip> strips;
+  std::vector<BlockRun> runs;
+  std::vector<uint32_t> weights; // by strip [words][vectors][lanes]
+  std::vector<int64_t> cost;     // of all strips before each, and of all: for equal parts
 };
+
+// For vectors of `lanes` floats; bf16 planes where `pairs`.
+BlockPlan make_block_plan(const ConvShape&, const SparseWeights& block_or_channel_weights, int64_t lanes, bool pairs);
+
+// The first strip of one of `parts` parts of about the same cost.
+int64_t first_strip(const BlockPlan&, int64_t part, int64_t parts);
 
 using RunBlock = void (*)(const BlockPlan&, const ConvCall&);
 
 void run_block_avx2(const BlockPlan&, const ConvCall&);
 void run_block_avx512(const BlockPlan&, const ConvCall&);
+void run_block_avx512_bf16(const BlockPlan&, const ConvCall&);
 void run_block_avx512_emulated(const BlockPlan&, const ConvCall&);
+void run_block_avx512_bf16_emulated(const BlockPlan&, const ConvCall&);
 
 // Output pixels whose sums fit the registers beside two vectors of weights.
 constexpr int kBlockPixelsAvx2 = 6;

@@ -1,0 +1,27 @@
+// Everything that is compiled for AVX-512 with BF16.
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/phases.h"
+#include "cpu/scratch.h"
+#include "cpu/sparse_conv2d_block.h"
+
+#define VPNS_LANES 16
+#define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
+
+namespace vpns {
+namespace {
+#include "cpu/simd.inl"
+#include "cpu/sparse_conv2d_block_rows.inl"
+#include "cpu/sparse_conv2d_block.inl"
+}  // namespace
+
+void run_block_avx512_bf16(const BlockPlan& plan, const ConvCall& call) { run_block<Bf16>(plan, call); }
+
+}  // namespace vpns

@@ -1,0 +1,194 @@
+// Prepares block and channel weights: planes, strips of output channels, runs of neighbouring inputs, weights in words.
+#include <algorithm>
+#include <bit>
+#include <numeric>
+
+#include "cpu/planes.h"
+#include "cpu/sparse_conv2d.h"
+#include "cpu/sparse_conv2d_block.h"
+
+namespace vpns {
+namespace {
+
+// Neighbouring channels of one tap, all of which a strip keeps.
+struct Piece {
+  int64_t r, s, c, channels;
+  int64_t source;  // index of the weight of the strip's first output and the first of these channels
+};
+
+// Where a strip finds the weight of one of its outputs and one channel of a piece, from the piece's source on.
+struct WeightStrides {
+  int64_t output, channel;
+};
+
+constexpr int64_t kNoWeight = -1;
+
+// What the stores of a strip cost, in words of weights.
+constexpr int64_t kStripCost = 16;
+
+// Input channels that channel weights take at a time, so that the planes of a few pixels stay in the first-level cache.
+constexpr int64_t kChannelChunk = 64;
+
+BlockAxis make_axis(int64_t taps, int64_t stride, int64_t dilation) {
+  const int64_t skip = taps == 1 ? stride : std::gcd(stride, dilation);
+  return {skip, stride / skip, taps == 1 ? 1 : dilation / skip, taps};
+}
+
+class Planner {
+ public:
+  Planner(const ConvShape& s, const SparseWeights& weights, int64_t lanes, bool pairs, int64_t channels, int64_t bc)
+      : weights_(weights), lanes_(lanes), pairs_(pairs) {
+    // A last channel that is alone in its block needs a partner in its word.
+    const bool alone = pairs && channels % bc == (bc == 1 ? 0 : 1);
+    plan_.shape = s;
+    plan_.cell_bytes = pairs ? 2 : 4;
+    plan_.h = make_axis(s.R, s.stride_h, s.dilation_h);
+    plan_.w = make_axis(s.S, s.stride_w, s.dilation_w);
+    plan_.group_cells = std::max<int64_t>(channels + alone, 1);
+    plan_.may_read_in_place = s.R * s.S == 1 && s.pad_h == 0 && s.pad_w == 0 && !alone && s.groups * channels == s.C;
+    set_tile();
+  }
+
+  // A strip of the outputs from k0 on, in group g.
+  void add(BlockStrip strip, int64_t g, const std::vector<Piece>& pieces, WeightStrides strides) {
+    strip.first_run = static_cast<int64_t>(plan_.runs.size());
+    strip.weights = static_cast<int64_t>(plan_.weights.size());
+    const int64_t pixel = plan_.shape.groups * plan_.group_cells;
+    for (size_t i = 0; i < pieces.size();) {
+      const auto offset_of = [&](const Piece& p) {
+        return (p.r * plan_.h.distance * plan_.cols + p.s * plan_.w.distance) * pixel + g * plan_.group_cells + p.c;
+      };
+      const int64_t offset = offset_of(pieces[i]);
+      std::vector<int64_t> sources;  // by cell
+      for (; i < pieces.size() && offset_of(pieces[i]) == offset + static_cast<int64_t>(sources.size()); ++i)
+        for (int64_t c = 0; c < pieces[i].channels; ++c)
+          sources.push_back(pieces[i].source + c * strides.channel);
+      add_run(strip, offset, sources, strides.output);
+    }
+    strip.runs = static_cast<int64_t>(plan_.runs.size()) - strip.first_run;
+    const int64_t words = (static_cast<int64_t>(plan_.weights.size()) - strip.weights) / (vectors(strip) * lanes_);
+    plan_.cost.push_back((plan_.cost.empty() ? 0 : plan_.cost.back()) + last_cost_);
+    last_cost_ = kStripCost + words;
+    plan_.strips.push_back(strip);
+  }
+
+  BlockPlan finish() {
+    plan_.cost.push_back((plan_.cost.empty() ? 0 : plan_.cost.back()) + last_cost_);
+    return std::move(plan_);
+  }
+
+  BlockPlan& plan() { return plan_; }
+
+ private:
+  void set_tile() {
+    const ConvShape& s = plan_.shape;
+    plan_.tile_p = s.P;
+    plan_.tile_q = s.Q;
+    const auto bytes = [&] {
+      plan_.rows = plan_.h.extent(plan_.tile_p);
+      plan_.cols = plan_.w.extent(plan_.tile_q);
+      return plan_.rows * plan_.cols * s.groups * plan_.group_cells * plan_.cell_bytes;
+    };
+    while (bytes() > kBlockPlaneBytes && plan_.tile_p > 1) plan_.tile_p = even_tile(s.P, plan_.tile_p - 1);
+    while (bytes() > kBlockPlaneBytes && plan_.tile_q > 16) plan_.tile_q = even_tile(s.Q, plan_.tile_q - 1);
+  }
+
+  int64_t vectors(const BlockStrip& strip) const { return strip.count > lanes_ ? 2 : 1; }
+
+  // Words of weights for the cells from `offset` on. Of an odd number, the last shares its word with the one before it,
+  // whose weight there is zero: a cell that the outputs are connected with anyway, so no stranger's NaN gets in.
+  void add_run(const BlockStrip& strip, int64_t offset, std::vector<int64_t> sources, int64_t stride) {
+    int64_t cells = static_cast<int64_t>(sources.size());
+    if (!pairs_) {
+      plan_.runs.push_back({offset, cells});
+      for (int64_t source : sources) add_word(strip, kNoWeight, source, stride);
+      return;
+    }
+    if (cells == 1) {  // The planes have a zero beside it.
+      sources.push_back(kNoWeight);
+      cells = 2;
+    }
+    plan_.runs.push_back({offset, cells / 2});
+    for (int64_t i = 0; i + 1 < cells; i += 2) add_word(strip, sources[i], sources[i + 1], stride);
+    if (cells % 2 == 0) return;
+    plan_.runs.push_back({offset + cells - 2, 1});
+    add_word(strip, kNoWeight, sources.back(), stride);
+  }
+
+  // The high half of a float is its bf16, so one rule serves both types: low | high.
+  void add_word(const BlockStrip& strip, int64_t low, int64_t high, int64_t stride) {
+    const auto bits = [&](int64_t source, int64_t k) {
+      return source == kNoWeight ? 0u : std::bit_cast<uint32_t>(weight_at(weights_, source + k * stride));
+    };
+    for (int64_t k = 0; k < vectors(strip) * lanes_; ++k)
+      plan_.weights.push_back(k < strip.count ? bits(low, k) >> 16 | bits(high, k) : 0u);
+  }
+
+  const SparseWeights& weights_;
+  int64_t lanes_;
+  bool pairs_;
+  int64_t last_cost_ = 0;
+  BlockPlan plan_{};
+};
+
+BlockPlan plan_blocks(const ConvShape& s, const SparseWeights& weights, int64_t lanes, bool pairs) {
+  const int64_t channels = s.C / s.groups, filters = s.K / s.groups, taps = s.R * s.S;
+  // A stem has fewer channels than a block.
+  const int64_t bc = std::min(weights.bc, channels), bk = weights.bk;
+  Planner planner(s, weights, lanes, pairs, channels, bc);
+  const int64_t rows_per_group = ceil_div(filters, bk);
+  for (int64_t row = 0; row < s.groups * rows_per_group; ++row) {
+    const int64_t g = row / rows_per_group, in_group = row % rows_per_group * bk;
+    for (int64_t k = 0; k < std::min(bk, filters - in_group); k += 2 * lanes) {
+      std::vector<Piece> pieces;
+      for (int32_t i = weights.indptr[row]; i < weights.indptr[row + 1]; ++i) {
+        const int64_t c = weights.index[i] / taps * bc, tap = weights.index[i] % taps;
+        pieces.push_back({tap / s.S, tap % s.S, c, std::min(bc, channels - c), (i * bk + k) * weights.bc});
+      }
+      const int64_t count = std::min({2 * lanes, bk - k, filters - in_group - k});
+      planner.add({g * filters + in_group + k, count, count, 0, 0, 0, 0}, g, pieces, {weights.bc, 1});
+    }
+  }
+  return planner.finish();
+}
+
+BlockPlan plan_channels(const ConvShape& s, const SparseWeights& weights, int64_t lanes, bool pairs) {
+  const int64_t columns = weights.columns, taps = s.R * s.S;
+  const int64_t chunk = columns > 2 * kChannelChunk ? kChannelChunk : std::max<int64_t>(columns, 1);
+  Planner planner(s, weights, lanes, pairs, columns, chunk);
+  BlockPlan& plan = planner.plan();
+  if (columns < s.C) {
+    plan.gather.assign(ceil_div(s.C, 16), 0);
+    for (int64_t j = 0; j < columns; ++j) plan.gather[weights.index[j] / 16] |= uint16_t(1u << weights.index[j] % 16);
+  }
+  // At least one strip, for the outputs that have only a bias.
+  for (int64_t j = 0; j < std::max<int64_t>(weights.count, 1); j += 2 * lanes) {
+    const int64_t count = std::min(2 * lanes, weights.count - j);
+    const int64_t k0 = j == 0 ? 0 : weights.indptr[j];
+    const int64_t k1 = j + count < weights.count ? weights.indptr[j + count] : s.K;
+    const auto first_mask = static_cast<int64_t>(plan.keeps.size());
+    if (k1 - k0 > count) plan.keeps.resize(first_mask + ceil_div(k1 - k0, 16), 0);
+    for (int64_t i = j; i < j + count && k1 - k0 > count; ++i)
+      plan.keeps[first_mask + (weights.indptr[i] - k0) / 16] |= uint16_t(1u << (weights.indptr[i] - k0) % 16);
+    std::vector<Piece> pieces;
+    for (int64_t c = 0; c < columns && count > 0; c += chunk)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        pieces.push_back({tap / s.S, tap % s.S, c, std::min(chunk, columns - c), (j * columns + c) * taps + tap});
+    planner.add({k0, k1 - k0, count, 0, 0, 0, first_mask}, 0, pieces, {columns * taps, taps});
+  }
+  return planner.finish();
+}
+
+}  // namespace
+
+BlockPlan make_block_plan(const ConvShape& s, const SparseWeights& weights, int64_t lanes, bool pairs) {
+  return weights.format == Format::kBlock ? plan_blocks(s, weights, lanes, pairs)
+                                          : plan_channels(s, weights, lanes, pairs);
+}
+
+int64_t first_strip(const BlockPlan& plan, int64_t part, int64_t parts) {
+  const int64_t wanted = plan.cost.back() * part / parts;
+  return std::lower_bound(plan.cost.begin(), plan.cost.end() - 1, wanted) - plan.cost.begin();
+}
+
+}  // namespace vpns
