@@ -46,8 +46,12 @@ BATCHES = (1, 16, 32)
 DENSITIES = ((1.0, 0.2, 0.05), (0.5, 0.1, 0.02))
 # A cell (layer and batch) of more work is left out: it takes long and says nothing new.
 MOST_GFLOP = 8.0
+# torch may have no fast float16.
+MOST_FP16_GFLOP = 0.3
 # What one cell may take, and what is too slow to be timed more than once.
 CELL_SECONDS, SLOW_MS = 0.4, 60.0
+# A cell during which other processes took more than this many cores is timed again, so often at most.
+MOST_FOREIGN, MOST_TURNS = 0.1, 4
 # What torch must be told, so that its dense kernels are those of a weaker machine.
 ONEDNN = {"avx2": "AVX2", "avx512": "AVX512_CORE", "avx512_bf16": "AVX512_CORE_BF16"}
 
@@ -140,7 +144,10 @@ def measure_cell(cell: Cell) -> list[dict[str, Any]]:
     """A row for every kernel, dtype and density of a cell, all timed in turn."""
     timed: list[tuple[dict[str, Any], Callable[[], Tensor]]] = []
     weight, x = make_weight(cell.layer), make_input(cell.layer, cell.batch)
-    for dtype, densities in ((torch.float32, cell.densities), (torch.bfloat16, cell.densities[::2])):
+    wanted = {torch.float32: cell.densities, torch.bfloat16: cell.densities[::2]}
+    if cell.layer.geometry.flops(*_size(cell)) <= MOST_FP16_GFLOP * 1e9:
+        wanted[torch.float16] = cell.densities[1:2]
+    for dtype, densities in wanted.items():
         given = x.to(dtype)
         timed.append(_dense_call(cell, weight, given))
         for number, density in enumerate(densities):
@@ -211,20 +218,38 @@ def _compact_call(sparse: SparseConv2d | SparseLinear, x: Tensor) -> Callable[[]
 
 
 def _time(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
-    """Least times in ms, which other processes disturb least; the first call prepares and does not count."""
+    """Least times in ms, of more turns while others compute; the first call only prepares."""
     first = []
     for call in calls:
         call()
         started = time.perf_counter()
         call()
         first.append(1000 * (time.perf_counter() - started))
-    quick = {str(i): call for i, call in enumerate(calls) if first[i] <= SLOW_MS}
-    if quick:
+    for _ in range(MOST_TURNS):
+        before, started = _foreign_seconds(), time.monotonic()
+        named = {str(i): call for i, call in enumerate(calls)}
+        quick = {i: call for i, call in named.items() if first[int(i)] <= SLOW_MS}
         round_seconds = sum(first[int(i)] for i in quick) / 1000
-        rounds = max(4, min(15, int(CELL_SECONDS / round_seconds)))
-        for i, sample in interleave(quick, rounds, warmup=0).items():
+        rounds = max(4, min(15, int(CELL_SECONDS / max(round_seconds, 1e-3))))
+        samples = interleave(named, 1, warmup=0)
+        if quick:
+            samples |= interleave(quick, rounds, warmup=0)
+        for i, sample in samples.items():
             first[int(i)] = min(first[int(i)], *sample.times_ms)
+        if _foreign_seconds() - before < MOST_FOREIGN * (time.monotonic() - started):
+            break
     return first
+
+
+def _foreign_seconds() -> float:
+    """Time that all cores together have spent on other processes, where the system tells."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    fields = [int(field) for field in path.read_text().split("\n", 1)[0].split()[1:]]
+    user, nice, system, _, _, irq, softirq, steal = fields[:8]
+    own = os.times()
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
 def _row(cell: Cell, kernel: str, query: LayerQuery, density: float) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Pack a masked layer and run it: patterns, formats, ops and their kernels. Usable without the trainer."""
 
+from vpns_kernels.cost import LayerQuery
+from vpns_kernels.explain import explain
 from vpns_kernels.formats import Packed, pack, unpack
 from vpns_kernels.geometry import ConvGeometry, PromptGeometry
 from vpns_kernels.ops import OPS, batch_norm_act, select_threshold, sparse_conv2d, sparse_conv2d_fused
@@ -9,11 +11,13 @@ from vpns_kernels.refresh import Refresh, refresh_mask
 __all__ = [
     "OPS",
     "ConvGeometry",
+    "LayerQuery",
     "Packed",
     "Pattern",
     "PromptGeometry",
     "Refresh",
     "batch_norm_act",
+    "explain",
     "pack",
     "parse_pattern",
     "refresh_mask",

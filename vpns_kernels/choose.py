@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vpns_kernels import native
 from vpns_kernels.cost import Estimate, LayerQuery, cost_table, estimate
+from vpns_kernels.geometry import ConvGeometry
 
 # (kernel, why it does not take the layer, or empty), in order of preference.
 Refusals = Callable[[LayerQuery], Sequence[tuple[str, str]]]
@@ -62,16 +64,24 @@ class Choice:
         return self.dense_ms / self.est_ms
 
 
-def choose(query: LayerQuery, machine: Machine, table: Mapping[str, Any] | None = None) -> Choice:
+def choose(
+    query: LayerQuery,
+    machine: Machine,
+    table: Mapping[str, Any] | None = None,
+    may_be_dense: bool = True,
+) -> Choice:
     """The kernel that is expected to be fastest; dense unless sparse wins by more than the uncertainty.
 
     Args:
         table: of costs; the shipped one by default.
+        may_be_dense: where false, the best sparse kernel even if dense is faster (dense where none can run).
     """
     table = cost_table() if table is None else table
     candidates = _candidates(query, machine, table)
     dense = next(c for c in candidates if c.kernel == f"dense {query.dtype}")
     able = [c for c in candidates if c.estimate is not None and not c.kernel.startswith("dense")]
+    # The plain loop is the last resort.
+    able = [c for c in able if c.kernel != "scalar"] or able
     best = min(able, key=lambda c: c.estimate.ms if c.estimate else 0.0, default=None)
     assert dense.estimate is not None
     dense_ms = dense.estimate.ms
@@ -81,7 +91,7 @@ def choose(query: LayerQuery, machine: Machine, table: Mapping[str, Any] | None 
     figures = f"{best.kernel} {_ms(sparse.ms)}, dense {_ms(dense_ms)} ({query.dtype})"
     carried = "" if sparse.measured and dense.estimate.measured else "; measured: false"
     bound = f"; bound by {sparse.bound_by}{carried}"
-    if sparse.ms * (1 + margin) < dense_ms:
+    if sparse.ms * (1 + margin) < dense_ms or not may_be_dense:
         reason = f"{figures}: {dense_ms / sparse.ms:.1f}x{bound}"
         return Choice(best.kernel, sparse.ms, dense_ms, reason, candidates)
     if sparse.ms < dense_ms:
@@ -101,6 +111,13 @@ def break_even_density(query: LayerQuery, machine: Machine, table: Mapping[str, 
         is_sparse = choose(query.at_density(middle), machine, table).kernel != "dense"
         low, high = (middle, high) if is_sparse else (low, middle)
     return low
+
+
+def query_of(geometry: ConvGeometry, shape: Sequence[int], values: Tensor, dtype: torch.dtype) -> LayerQuery:
+    """The query of a packed weight for inputs [N, C, H, W] of that shape and dtype."""
+    images, _, height, width = shape
+    names = str(dtype)[6:], str(values.dtype)[6:]
+    return LayerQuery(geometry, (images, height, width), tuple(values.shape), *names)
 
 
 def this_machine() -> Machine:

@@ -24,6 +24,7 @@ from vpns_kernels.ops._torch import ACTS, finish
 from vpns_kernels.ops.sparse_conv2d import compact, sparse_conv2d
 from vpns_kernels.ops.sparse_conv2d_fused import check_inputs, sparse_conv2d_fused
 from vpns_kernels.patterns import Pattern, Unstructured
+from vpns_kernels.runners import Runner, prepare
 
 # Input shapes (and dtypes and thread counts) for which a layer keeps its weights in the kernel's order.
 _KEPT_SHAPES = 8
@@ -42,11 +43,11 @@ class _PreparedCache:
     def __reduce__(self) -> tuple[type[_PreparedCache], tuple[()]]:
         return _PreparedCache, ()
 
-    def get(self, layer: _Sparse, x: Tensor) -> _cpu.Prepared:
+    def get(self, layer: _Sparse, x: Tensor) -> Runner:
         values, layout = layer.values, layer.layout
         if any(tensor.is_inference() for tensor in (values, *layout)):
             # Made under inference_mode: changes leave no trace, so nothing may be kept.
-            return _cpu.Prepared(values, layout, layer.geometry, x.shape, x.dtype, layer.kernel)
+            return prepare(values, layout, layer.geometry, x.shape, x.dtype, layer.kernel)
         key = (tuple(x.shape), x.dtype, layer.kernel, torch.get_num_threads())
         with self._lock:
             made = self._made
@@ -57,7 +58,7 @@ class _PreparedCache:
                 made.prepared.move_to_end(key)
                 return found
         # Outside the lock: other shapes need not wait. Two threads may prepare the same; one is kept.
-        found = _cpu.Prepared(values, layout, layer.geometry, x.shape, x.dtype, layer.kernel)
+        found = prepare(values, layout, layer.geometry, x.shape, x.dtype, layer.kernel)
         with self._lock:
             found = made.prepared.setdefault(key, found)
             made.prepared.move_to_end(key)
@@ -76,7 +77,7 @@ class _Made:
 
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
-    prepared: OrderedDict[tuple[object, ...], _cpu.Prepared]
+    prepared: OrderedDict[tuple[object, ...], Runner]
 
     @classmethod
     def of(cls, *tensors: Tensor) -> _Made:
@@ -96,7 +97,8 @@ class _Sparse(nn.Module):
     Args:
         packed: the kept weights.
         bias: [K] or None.
-        kernel: name of the native kernel to use; empty for the best that takes the layer.
+        kernel: name of the native kernel to use; empty for the one that is expected to be fastest, torch's
+            dense convolution included (`explain` tells which and why), "sparse" for the fastest but that.
         act: what the outputs pass through last: "none", "relu" or "relu6".
     """
 
@@ -133,7 +135,7 @@ class _Sparse(nn.Module):
         return unpack(self.values.detach(), self.layout, self.geometry)
 
     def kernel_for(self, x: Tensor) -> str:
-        """Name of what runs this input without grad: a native kernel, or the backend."""
+        """Name of what runs this input without grad: a native kernel, "dense" (torch), or the backend."""
         image = x if x.dim() == 4 else x.reshape(-1, x.shape[-1], 1, 1)
         if _cpu.why_not(image, self.values, self.kernel) is None:
             return self._cache.get(self, image).kernel

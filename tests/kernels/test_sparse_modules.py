@@ -14,10 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpns_kernels import ConvGeometry, parse_pattern, sparse_conv2d
+from vpns_kernels import ConvGeometry, parse_pattern, runners, sparse_conv2d
+from vpns_kernels.choose import Choice
 from vpns_kernels.folding import fold_batch_norm
 from vpns_kernels.ops import _cpu
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
+
+
+@pytest.fixture(autouse=True)
+def _sparse_kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small layers would run dense; here kernels are tested, in test_choose.py the choice."""
+    choice = Choice("", 1.0, 1.0, "as the op chooses", ())
+    monkeypatch.setattr(runners, "choose", lambda *_, **__: choice)
+
 
 SPECS = ["unstructured", "block:4x4", "block:16x16", "channel"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -15,22 +15,31 @@ from vpns_kernels.measure.layers import Layer
 from vpns_kernels.measure.opponents import find_opponents
 from vpns_kernels.measure.timing import Sample, compare, interleave
 from vpns_kernels.ops import select_threshold
+from vpns_kernels.ops._cpu import Prepared
 from vpns_kernels.patterns import Channel, Pattern
+from vpns_kernels.runners import prepare
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
 
 # An output further from dense than this share of the largest is no rounding.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _GEMM_SIZE = 1024
+_COPY_FLOATS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One sparse form of a layer."""
+    """One sparse form of a layer.
+
+    Args:
+        kernel: as sparse layers take it: "sparse" for the best sparse kernel, "auto" for what a layer chooses
+            by itself, or a name.
+    """
 
     pattern: Pattern
     density: float
     dtype: torch.dtype
     seed: int = 0
+    kernel: str = "sparse"
 
 
 @torch.no_grad()
@@ -57,10 +66,29 @@ def bench_layer(
         _check(layer, dense, mask, inputs[variant.dtype], calls[f"sparse {number}"]())
     samples = interleave(calls, rounds)
     timed = {name: samples[name] for name in engines}
-    return [
-        _row(layer, batch, variant, mask, module, inputs[variant.dtype], samples[f"sparse {number}"], timed)
-        for number, (variant, mask, module) in enumerate(zip(variants, masks, sparse, strict=True))
-    ]
+    rows = []
+    for number, (variant, mask, module) in enumerate(zip(variants, masks, sparse, strict=True)):
+        given = inputs[variant.dtype]
+        row = _row(layer, batch, variant, mask, module, given, samples[f"sparse {number}"], timed)
+        row["phases_ms"] = phases_ms(module, given, rounds)
+        rows.append(row)
+    return rows
+
+
+def phases_ms(module: SparseConv2d | SparseLinear, x: Tensor, rounds: int) -> dict[str, float] | None:
+    """Least times of layout, products and stores, averaged over threads; None if not counted."""
+    image = x if x.dim() == 4 else x.reshape(*x.shape, 1, 1)
+    runner = prepare(module.values, module.layout, module.geometry, image.shape, image.dtype, module.kernel)
+    if not isinstance(runner, Prepared):
+        return None
+    best = torch.full((3,), math.inf, dtype=torch.float64)
+    for _ in range(rounds):
+        taken = torch.zeros(3, dtype=torch.float64)
+        runner.run(image, None, phases=taken)
+        best = torch.minimum(best, taken)
+    if not float(best.sum()):
+        return None
+    return dict(zip(("layout", "products", "stores"), (1000 * best).tolist(), strict=True))
 
 
 def bench_selection(layers: Sequence[Layer], density: float, rounds: int) -> dict[str, Any]:
@@ -96,13 +124,41 @@ def measure_ceilings() -> dict[str, float]:
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype) for _ in range(2))
-        times = []
-        for _ in range(6):
-            started = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - started)
-        rates[str(dtype)[6:]] = 2e-9 * _GEMM_SIZE**3 / min(times)
+        rates[str(dtype)[6:]] = 2e-9 * _GEMM_SIZE**3 / _least_seconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
     return rates
+
+
+def measure_copy_gb_per_s() -> float:
+    """Gigabytes a second that a copy far beyond the caches reads and writes, all threads together."""
+    source, target = (torch.ones(_COPY_FLOATS) for _ in range(2))
+    return 8e-9 * _COPY_FLOATS / _least_seconds(lambda: target.copy_(source))
+
+
+def roofline(row: dict[str, Any], ceilings: dict[str, float], copy_gb_per_s: float) -> dict[str, Any]:
+    """Least possible ms of a row's kept work and traffic, what bounds it, and the share that was achieved.
+
+    Layers whose tensors stay in the caches may beat the floor of the traffic.
+    """
+    kernel = row["kernel"]
+    is_bf16 = row["dtype"] == "bfloat16" and (kernel == "dense" or kernel.endswith(("amx", "bf16")))
+    rate = ceilings["bfloat16" if is_bf16 else "float32"]
+    compute_ms = row["gflops_effective"] * row["sparse"]["median_ms"] / rate
+    traffic_ms = row["least_mb"] / copy_gb_per_s
+    floor = max(compute_ms, traffic_ms)
+    return {
+        "floor_ms": floor,
+        "bound_by": "compute" if compute_ms >= traffic_ms else "traffic",
+        "share": floor / row["sparse"]["median_ms"],
+    }
+
+
+def _least_seconds(call: Callable[[], object], rounds: int = 6) -> float:
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def make_input(layer: Layer, batch: int) -> Tensor:
@@ -141,9 +197,11 @@ def _draw(shape: tuple[int, ...], density: float, generator: torch.Generator) ->
 
 
 def make_sparse(dense: nn.Conv2d | nn.Linear, mask: Tensor, variant: Variant) -> SparseConv2d | SparseLinear:
+    """The packed layer, in evaluation mode."""
+    kernel = "" if variant.kernel == "auto" else variant.kernel
     if isinstance(dense, nn.Conv2d):
-        return SparseConv2d.from_dense(dense, mask, variant.pattern, variant.dtype).eval()
-    return SparseLinear.from_dense(dense, mask, variant.pattern, variant.dtype).eval()
+        return SparseConv2d.from_dense(dense, mask, variant.pattern, variant.dtype, kernel).eval()
+    return SparseLinear.from_dense(dense, mask, variant.pattern, variant.dtype, kernel).eval()
 
 
 def _check(layer: Layer, dense: nn.Conv2d | nn.Linear, mask: Tensor, x: Tensor, y: Tensor) -> None:
@@ -199,6 +257,7 @@ def _row(
         "weight_density": real_density,
         "dtype": str(variant.dtype)[6:],
         "seed": variant.seed,
+        "asked": variant.kernel,
         "kernel": module.kernel_for(x),
         "sparse": sample.to_dict(),
         "dense": {name: engine.to_dict() for name, engine in engines.items()},
@@ -207,4 +266,13 @@ def _row(
         "speedup": ratios[best].median,
         "gflops_dense_equivalent": flops / sample.median_ms / 1e6,
         "gflops_effective": real_density * flops / sample.median_ms / 1e6,
+        "least_mb": _least_mb(layer, batch, real_density, variant.dtype),
     }
+
+
+def _least_mb(layer: Layer, batch: int, density: float, dtype: torch.dtype) -> float:
+    """Input, kept weights and output once each."""
+    g = layer.geometry
+    P, Q = g.output_size(layer.height, layer.width)
+    moved = batch * (g.in_channels * layer.height * layer.width + g.out_channels * P * Q)
+    return (moved + density * math.prod(g.weight_shape)) * dtype.itemsize / 1e6

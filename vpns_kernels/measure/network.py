@@ -58,6 +58,10 @@ def bench_network(
     dense = {torch.float32: _cast(network, torch.float32), torch.bfloat16: _cast(network, torch.bfloat16)}
     inputs = {dtype: x.to(dtype) for dtype in dense}
     sparse = sparsify(dense[sparse_dtype], masks, pattern, sparse_dtype).eval()
+    for module in sparse.modules():
+        if isinstance(module, SparseConv2d | SparseLinear):
+            # What is compared with dense must not be dense itself.
+            module.kernel = "sparse"
     rows = [
         _bench_layer(layer, dense[torch.float32].get_submodule(layer.name), pattern, rounds)
         for layer in _record(dense[sparse_dtype], sparse, inputs[sparse_dtype])

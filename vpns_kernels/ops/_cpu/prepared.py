@@ -79,8 +79,14 @@ class Prepared:
         residual: Tensor | None = None,
         act: str = "none",
         out_dtype: torch.dtype | None = None,
+        phases: Tensor | None = None,
     ) -> Tensor:
-        """[N, C, H, W] of the prepared shape → act(conv(x) + bias + residual) [N, K, P, Q], channels_last."""
+        """[N, C, H, W] of the prepared shape → act(conv(x) + bias + residual) [N, K, P, Q], channels_last.
+
+        Args:
+            phases: three doubles to which kernels that keep count add the seconds of laying out the input, of
+                products and of stores.
+        """
         if tuple(x.shape) != self._x_shape or x.dtype != self._x_dtype:
             raise ValueError(
                 f"sparse_conv2d: expected x {self._x_shape} {self._x_dtype}, got {tuple(x.shape)} {x.dtype}"
@@ -116,5 +122,6 @@ class Prepared:
             0 if residual is None else residual.data_ptr(),
             act,
             torch.get_num_threads(),
+            0 if phases is None else phases.data_ptr(),
         )
         return y

@@ -1,0 +1,130 @@
+"""I pruned it: why is it not faster? What a layer is expected to cost, kernel by kernel, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vpns_kernels.choose import Choice, Machine, break_even_density, choose, query_of, this_machine
+from vpns_kernels.cost import TERMS, LayerQuery
+from vpns_kernels.modules import MaskedConv2d, MaskedLinear
+from vpns_kernels.patterns import Pattern
+from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A choice with its background; as a string, a table for people."""
+
+    query: LayerQuery
+    machine: Machine
+    choice: Choice
+    break_even_density: float
+
+    def __str__(self) -> str:
+        lines = [_describe(self.query, self.machine), self.choice.reason, self._break_even(), ""]
+        names = [name for name in TERMS if any(self._part(c.kernel, name) for c in self.choice.candidates)]
+        head = ["kernel", "ms", *(TERMS[name] for name in names), "why"]
+        rows = []
+        for candidate in self.choice.candidates:
+            expected = candidate.estimate
+            parts = [_figure(self._part(candidate.kernel, name)) for name in names]
+            total = "-" if expected is None else _figure(expected.ms)
+            chosen = candidate.kernel in (self.choice.kernel, f"{self.choice.kernel} {self.query.dtype}")
+            rows.append([("→ " if chosen else "  ") + candidate.kernel, total, *parts, candidate.reason])
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        for row in (head, *rows):
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
+
+    def _part(self, kernel: str, name: str) -> float:
+        expected = next(c.estimate for c in self.choice.candidates if c.kernel == kernel)
+        return 0.0 if expected is None else expected.terms.get(name, 0.0)
+
+    def _break_even(self) -> str:
+        at = self.break_even_density
+        if at == 0:
+            return "sparse is chosen at no density: what does not shrink with the weights costs too much"
+        if at == 1:
+            return "sparse is chosen at any density"
+        return f"break-even density {at:.2f}: sparse is chosen where fewer are kept"
+
+
+def explain(
+    layer: nn.Module | LayerQuery,
+    size: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    pattern: Pattern | None = None,
+    machine: Machine | None = None,
+    table: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Explanation:
+    """Print and return why a layer runs as it does.
+
+    Args:
+        layer: a sparse layer, a masked or pruned torch layer (its mask or its zeros tell what is kept), or a
+            query.
+        size: of the input: (N, H, W) for a convolution, (N,) for a linear layer; not for a query.
+        dtype: of the input; that of the weights by default.
+        pattern: how the zeros of a torch layer are packed; unstructured by default.
+        machine, table: this machine and the shipped table by default.
+        quiet: return only.
+
+    Raises:
+        ValueError, TypeError: another kind of layer, or a size that does not fit it.
+
+    Example:
+        >>> from torch import nn
+        >>> conv = nn.Conv2d(8, 8, 3, padding=1)
+        >>> explain(conv, (1, 6, 6), quiet=True).choice.kernel
+        'dense'
+    """
+    query = layer if isinstance(layer, LayerQuery) else _query(layer, size, dtype, pattern)
+    machine = machine or this_machine()
+    at = break_even_density(query, machine, table)
+    found = Explanation(query, machine, choose(query, machine, table), at)
+    if not quiet:
+        print(found)
+    return found
+
+
+def _query(
+    layer: nn.Module, size: Sequence[int] | None, dtype: torch.dtype | None, pattern: Pattern | None
+) -> LayerQuery:
+    if not isinstance(layer, SparseConv2d | SparseLinear | nn.Conv2d | nn.Linear):
+        raise TypeError(f"explain: expected a convolution or a linear layer, got {type(layer).__name__}")
+    is_linear = isinstance(layer, SparseLinear | nn.Linear)
+    if size is None or len(size) != (1 if is_linear else 3):
+        raise ValueError(f"explain: expected size {'(N,)' if is_linear else '(N, H, W)'}, got {size}")
+    if isinstance(layer, SparseConv2d | SparseLinear):
+        sparse = layer
+    else:
+        mask = None
+        if isinstance(layer, MaskedConv2d | MaskedLinear):
+            mask, pattern = layer.weight_mask(), pattern or layer.pattern
+        kind = SparseLinear if is_linear else SparseConv2d
+        sparse = kind.from_dense(layer, mask, pattern)  # type: ignore[arg-type]
+    images, height, width = (size[0], 1, 1) if is_linear else size
+    shape = (images, sparse.geometry.in_channels, height, width)
+    return query_of(sparse.geometry, shape, sparse.values, dtype or sparse.values.dtype)
+
+
+def _describe(query: LayerQuery, machine: Machine) -> str:
+    g, (images, height, width) = query.geometry, query.size
+    filters = f"{g.in_channels}→{g.out_channels} {g.kernel_size[0]}x{g.kernel_size[1]}"
+    strides = "" if g.stride == (1, 1) else f" /{g.stride[0]}"
+    groups = "" if g.groups == 1 else f" in {g.groups} groups"
+    blocks = f" {query.values_sizes[1]}x{query.values_sizes[2]}" if query.format == "block" else ""
+    return (
+        f"{filters}{strides}{groups} @{height}x{width}, batch {images}, {query.dtype}, "
+        f"{query.format}{blocks} at density {query.density:.3g}; {machine.isa}, {machine.threads} threads"
+    )
+
+
+def _figure(ms: float) -> str:
+    return "-" if ms == 0 else f"{ms:.3g}" if ms >= 0.001 else "0"
