@@ -42,7 +42,7 @@ def render_layers(path: Path) -> str:
     """ResNet-18's 3x3 layers: one row per pattern, one column per density."""
     report = json.loads(path.read_text())
     rows = [r for r in report["rows"] if r["network"] == "resnet18" and r["kernel_size"] == [3, 3]]
-    rows = [r for r in rows if r["batch"] == 16 and r["dtype"] == "float32"]
+    rows = [r for r in rows if r["batch"] == 16 and r["dtype"] == "float32" and r.get("asked") != "auto"]
     densities = sorted({r["density"] for r in rows}, reverse=True)
     lines = [
         f"ResNet-18's 3x3 layers at 224 px, batch 16, float32, against the best dense; geometric mean, and "

@@ -37,11 +37,14 @@ TERMS = {
     "input": "reading the input",
     "planes": "laying out the input",
     "output": "writing the output",
+    "fresh": "mapping new memory for the output",
     "weights": "reading the weights",
     "call": "the cost of a call",
 }
 # Vectors of the unstructured kernels hold this many images, or pixels of one.
 _LANES = 16
+# An allocation of more bytes than this is mapped anew each time (glibc's largest threshold), page by page.
+_MAPPED_BYTES = 32 * 1024 * 1024
 # Taken where nothing tells how far the estimates are off.
 _UNKNOWN_ERROR = 0.5
 
@@ -142,6 +145,7 @@ def features(query: LayerQuery, kernel: str) -> dict[str, float]:
             "multiply_adds": pixels * K * C * R * S,
             "input": images * in_channels * height * width * x_bytes,
             "output": pixels * K * x_bytes,
+            "fresh": _fresh(pixels * K * x_bytes),
             "weights": K * C * R * S * x_bytes,
         }
         return {name: value / 1e6 for name, value in found.items()} | {"call": 1.0}
@@ -160,6 +164,7 @@ def features(query: LayerQuery, kernel: str) -> dict[str, float]:
         "input": images * in_channels * height * width * x_bytes,
         "planes": images * in_channels * plane_pixels * (2 if half_planes else 4),
         "output": pixels * K * x_bytes,
+        "fresh": _fresh(pixels * K * x_bytes),
         "weights": stored * (8 if query.format == "unstructured" else BYTES[query.weight_dtype]),
     }
     return {name: value / 1e6 for name, value in found.items()} | {"call": 1.0}
@@ -202,6 +207,10 @@ def nearest_class(isa: str, classes: Sequence[str]) -> str:
     order = [name for name in CLASSES if name in classes]
     weaker = [name for name in order if CLASSES.index(name) <= CLASSES.index(isa)]
     return weaker[-1] if weaker else order[0]
+
+
+def _fresh(size: int) -> int:
+    return size if size > _MAPPED_BYTES else 0
 
 
 def _plane_extent(g: ConvGeometry, axis: int, outputs: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vpns_kernels.measure.layers import Layer
-from vpns_kernels.measure.opponents import find_opponents
+from vpns_kernels.measure.opponents import find_opponents, find_sparseprop
 from vpns_kernels.measure.timing import Sample, compare, interleave
 from vpns_kernels.ops import select_threshold
 from vpns_kernels.ops._cpu import Prepared
@@ -64,12 +64,19 @@ def bench_layer(
     for number, (variant, mask) in enumerate(zip(variants, masks, strict=True)):
         calls[f"sparse {number}"] = _without_grad(sparse[number], inputs[variant.dtype])
         _check(layer, dense, mask, inputs[variant.dtype], calls[f"sparse {number}"]())
+    for number, (variant, mask) in enumerate(zip(variants, masks, strict=True)):
+        if variant.pattern.name == "unstructured" and variant.dtype == torch.float32:
+            rival = find_sparseprop(_masked(layer, dense, mask), x)
+            if rival is not None:
+                calls[f"sparseprop {number}"] = rival
     samples = interleave(calls, rounds)
     timed = {name: samples[name] for name in engines}
     rows = []
     for number, (variant, mask, module) in enumerate(zip(variants, masks, sparse, strict=True)):
         given = inputs[variant.dtype]
         row = _row(layer, batch, variant, mask, module, given, samples[f"sparse {number}"], timed)
+        rival_sample = samples.get(f"sparseprop {number}")
+        row["sparseprop"] = None if rival_sample is None else rival_sample.to_dict()
         row["phases_ms"] = phases_ms(module, given, rounds)
         rows.append(row)
     return rows
@@ -206,14 +213,18 @@ def make_sparse(dense: nn.Conv2d | nn.Linear, mask: Tensor, variant: Variant) ->
 
 def _check(layer: Layer, dense: nn.Conv2d | nn.Linear, mask: Tensor, x: Tensor, y: Tensor) -> None:
     """A figure of a wrong result is worth nothing."""
-    masked = layer.build()
-    masked.weight.copy_(dense.weight * mask)
-    expected = masked(x.float())
+    expected = _masked(layer, dense, mask)(x.float())
     error = float((y.float() - expected).abs().max() / expected.abs().max())
     if not error <= _TOLERANCE[x.dtype]:
         raise RuntimeError(
             f"bench_layer: expected the outputs of {layer.name}, got a relative error of {error}"
         )
+
+
+def _masked(layer: Layer, dense: nn.Conv2d | nn.Linear, mask: Tensor) -> nn.Conv2d | nn.Linear:
+    masked = layer.build()
+    masked.weight.copy_(dense.weight * mask)
+    return masked
 
 
 def _without_grad(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
