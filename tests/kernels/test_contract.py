@@ -130,3 +130,20 @@ def test_inputs_are_left_as_they_were(op: Any, backend: str, case: Case) -> None
 def test_an_unknown_backend_is_refused(op: Any) -> None:
     with pytest.raises(ValueError, match="expected backend in"):
         run(op.name, op.cases()[0].build(), "fpga")
+
+
+@pytest.mark.parametrize(("op", "case"), [row.values[::2] for row in ROWS if row.values[1] == "cpu"])
+def test_native_results_are_bitwise_equal_for_one_and_two_threads(op: Any, case: Case) -> None:
+    args, threads = case.build(), torch.get_num_threads()
+    if not can_run(op, args, "cpu"):
+        return
+    try:
+        torch.set_num_threads(1)
+        expected = torch.utils._pytree.tree_leaves(run(op.name, args, "cpu"))
+        for count in (2, 1):
+            torch.set_num_threads(count)
+            found = torch.utils._pytree.tree_leaves(run(op.name, args, "cpu"))
+            for one, other in zip(expected, found, strict=True):
+                assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    finally:
+        torch.set_num_threads(threads)

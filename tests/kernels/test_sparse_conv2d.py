@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vpns_kernels import OPS, ConvGeometry, native, pack, parse_pattern, sparse_conv2d, unpack
-from vpns_kernels.ops.sparse_conv2d.cpu import Prepared
+from vpns_kernels.ops._cpu import Prepared
 from vpns_kernels.testing import conv_excess
 
 CASES = OPS["sparse_conv2d"].cases()

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vpns_kernels.formats import validate
 from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops import _cpu
-from vpns_kernels.ops._cpu import Prepared
 
 
 def why_not(x: Tensor, values: Tensor, *rest: object) -> str | None:
@@ -30,5 +28,4 @@ def run(
 ) -> Tensor:
     K, C, R, S = weight_shape
     geometry = ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
-    validate(values, layout, geometry)
-    return Prepared(values, layout, geometry, x.shape, x.dtype).run(x, bias)
+    return _cpu.prepared_for(values, layout, geometry, x).run(x, bias)

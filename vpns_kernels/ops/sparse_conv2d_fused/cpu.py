@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vpns_kernels.formats import validate
 from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops import _cpu
 
@@ -33,6 +32,4 @@ def run(
 ) -> Tensor:
     K, C, R, S = weight_shape
     geometry = ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
-    validate(values, layout, geometry)
-    prepared = _cpu.Prepared(values, layout, geometry, x.shape, x.dtype)
-    return prepared.run(x, bias, residual, act, out_dtype)
+    return _cpu.prepared_for(values, layout, geometry, x).run(x, bias, residual, act, out_dtype)
