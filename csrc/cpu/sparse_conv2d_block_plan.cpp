@@ -96,7 +96,7 @@ class Planner {
   int64_t vectors(const BlockStrip& strip) const { return strip.count > lanes_ ? 2 : 1; }
 
   // Words of weights for the cells from `offset` on. Of an odd number, the last shares its word with the one before it,
-  // whose weight there is zero: a cell that the outputs are connected with anyway, so no stranger's NaN gets in.
+  // half of whose weight is in either word: a zero would make a NaN of its infinity, a stranger would bring in its own.
   void add_run(const BlockStrip& strip, int64_t offset, std::vector<int64_t> sources, int64_t stride) {
     int64_t cells = static_cast<int64_t>(sources.size());
     if (!pairs_) {
@@ -109,19 +109,22 @@ class Planner {
       cells = 2;
     }
     plan_.runs.push_back({offset, cells / 2});
-    for (int64_t i = 0; i + 1 < cells; i += 2) add_word(strip, sources[i], sources[i + 1], stride);
-    if (cells % 2 == 0) return;
+    const bool odd = cells % 2 != 0;
+    for (int64_t i = 0; i + 1 < cells; i += 2)
+      add_word(strip, sources[i], sources[i + 1], stride, 1.0f, odd && i + 3 == cells ? 0.5f : 1.0f);
+    if (!odd) return;
     plan_.runs.push_back({offset + cells - 2, 1});
-    add_word(strip, kNoWeight, sources.back(), stride);
+    add_word(strip, sources[cells - 2], sources[cells - 1], stride, 0.5f);
   }
 
   // The high half of a float is its bf16, so one rule serves both types: low | high.
-  void add_word(const BlockStrip& strip, int64_t low, int64_t high, int64_t stride) {
-    const auto bits = [&](int64_t source, int64_t k) {
-      return source == kNoWeight ? 0u : std::bit_cast<uint32_t>(weight_at(weights_, source + k * stride));
+  void add_word(const BlockStrip& strip, int64_t low, int64_t high, int64_t stride, float low_share = 1.0f,
+                float high_share = 1.0f) {
+    const auto bits = [&](int64_t source, int64_t k, float share) {
+      return source == kNoWeight ? 0u : std::bit_cast<uint32_t>(share * weight_at(weights_, source + k * stride));
     };
     for (int64_t k = 0; k < vectors(strip) * lanes_; ++k)
-      plan_.weights.push_back(k < strip.count ? bits(low, k) >> 16 | bits(high, k) : 0u);
+      plan_.weights.push_back(k < strip.count ? bits(low, k, low_share) >> 16 | bits(high, k, high_share) : 0u);
   }
 
   const SparseWeights& weights_;
