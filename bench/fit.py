@@ -16,21 +16,48 @@ from vpns_kernels.cost import LayerQuery, features
 
 # A class of layers with fewer different layers than this shares the coefficients of all.
 LEAST_LAYERS = 4
+# Sparse and dense within this factor of one another are what a choice can get wrong.
+NEAR = 3.0
 
 
 def fit_kernels(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """{kernel: {layers: {class: coefficients}, error: {median, p90}, rows}} of a class of machine's rows.
+    """{kernel: {layers: {class: coefficients}, error: {median, p90, margin}, rows}} of one class of machine.
 
     Of rows that were measured more than once the least time counts.
     """
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        key = (row["cell"], row["kernel"], row["dtype"], tuple(row["values_sizes"]))
-        if key not in best or row["ms"] < best[key]["ms"]:
-            best[key] = row
+        known = best.setdefault(_key(row), row)
+        if row["ms"] < known["ms"]:
+            best[_key(row)] = row
     rows = list(best.values())
     kernels = list(dict.fromkeys(row["kernel"] for row in rows))
-    return {kernel: _fit_kernel(kernel, [r for r in rows if r["kernel"] == kernel]) for kernel in kernels}
+    fits = {kernel: _fit_kernel(kernel, [r for r in rows if r["kernel"] == kernel]) for kernel in kernels}
+    expected = {key: ms for _, by_key in fits.values() for key, ms in by_key.items()}
+    for kernel, (fit, _) in fits.items():
+        margin = _margin([r for r in rows if r["kernel"] == kernel], best, expected)
+        if margin is not None:
+            fit["error"]["margin"] = margin
+    return {kernel: fit for kernel, (fit, _) in fits.items()}
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (row["cell"], row["kernel"], row["dtype"], tuple(row["values_sizes"]))
+
+
+def _margin(
+    rows: Sequence[dict[str, Any]], best: dict[tuple[Any, ...], dict[str, Any]], expected: dict[Any, float]
+) -> float | None:
+    """By how much more than expected sparse / dense takes in one of ten rows: what sparse has to win by."""
+    excess = []
+    for row in rows:
+        dense = (row["cell"], f"dense {row['dtype']}", row["dtype"], (0,))
+        if dense in best and not row["kernel"].startswith("dense"):
+            measured = row["ms"] / best[dense]["ms"]
+            # Where one is far ahead nothing hangs on it.
+            if 1 / NEAR < measured < NEAR:
+                excess.append(measured / (expected[_key(row)] / expected[dense]) - 1)
+    return round(max(0.0, float(np.quantile(excess, 0.9))), 3) if excess else None
 
 
 def to_query(row: dict[str, Any]) -> LayerQuery:
@@ -41,7 +68,10 @@ def to_query(row: dict[str, Any]) -> LayerQuery:
     )
 
 
-def _fit_kernel(kernel: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _fit_kernel(
+    kernel: str, rows: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[tuple[Any, ...], float]]:
+    """The coefficients, and what each row would be expected to take by a fit that has not seen its layer."""
     queries = [to_query(row) for row in rows]
     found = [features(query, kernel) for query in queries]
     names = list(found[0])
@@ -52,12 +82,13 @@ def _fit_kernel(kernel: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     times = np.array([row["ms"] for row in rows])
     classes = np.array([query.layer_class for query in queries])
     layers = np.array([str(query.geometry) for query in queries])
-    error = np.abs(_left_out(sizes, times, classes, layers) / times - 1)
+    expected = _left_out(sizes, times, classes, layers)
+    error = np.abs(expected / times - 1)
     coefficients = {
         name: dict(zip(names, (float(f"{value:.4g}") for value in values), strict=True))
         for name, values in _solve_classes(sizes, times, classes, layers).items()
     }
-    return {
+    fit = {
         "layers": coefficients,
         "error": {
             "median": round(float(np.median(error)), 3),
@@ -65,6 +96,7 @@ def _fit_kernel(kernel: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         },
         "rows": len(rows),
     }
+    return fit, {_key(row): float(ms) for row, ms in zip(rows, expected, strict=True)}
 
 
 def _left_out(sizes: Any, times: Any, classes: Any, layers: Any) -> Any:

@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -127,17 +128,22 @@ def measure_class(options: argparse.Namespace) -> int:
 
 
 def design() -> list[Cell]:
-    """Every distinct layer of the lists at each batch that is not too much work."""
+    """Every distinct layer of the lists at each batch that is not too much work, in an order of no meaning.
+
+    So an interrupted run, or each n-th cell, has layers of all kinds.
+    """
     layers: dict[Any, Layer] = {}
     for path in LISTS:
         for layer in read_layers(path):
             layers.setdefault(replace(layer, name="", count=1), layer)
-    return [
+    cells = [
         Cell(layer, batch, DENSITIES[number % len(DENSITIES)])
         for number, layer in enumerate(layers.values())
         for batch in BATCHES
         if layer.geometry.flops(batch, layer.height, layer.width) <= MOST_GFLOP * 1e9
     ]
+    random.Random(0).shuffle(cells)
+    return cells
 
 
 def measure_cell(cell: Cell) -> list[dict[str, Any]]:

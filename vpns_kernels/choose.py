@@ -80,14 +80,16 @@ def choose(
     candidates = _candidates(query, machine, table)
     dense = next(c for c in candidates if c.kernel == f"dense {query.dtype}")
     able = [c for c in candidates if c.estimate is not None and not c.kernel.startswith("dense")]
-    # The plain loop is the last resort.
-    able = [c for c in able if c.kernel != "scalar"] or able
+    for last_resort in ("scalar", "compact"):
+        able = [c for c in able if c.kernel != last_resort] or able
     best = min(able, key=lambda c: c.estimate.ms if c.estimate else 0.0, default=None)
     assert dense.estimate is not None
     dense_ms = dense.estimate.ms
     if best is None or best.estimate is None:
         return Choice("dense", dense_ms, dense_ms, "dense: no sparse kernel takes this layer", candidates)
-    sparse, margin = best.estimate, max(best.estimate.error, dense.estimate.error)
+    sparse, margin = best.estimate, best.estimate.margin
+    if not dense.estimate.measured:
+        margin = max(margin, dense.estimate.error)
     figures = f"{best.kernel} {_ms(sparse.ms)}, dense {_ms(dense_ms)} ({query.dtype})"
     carried = "" if sparse.measured and dense.estimate.measured else "; measured: false"
     bound = f"; bound by {sparse.bound_by}{carried}"

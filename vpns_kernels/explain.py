@@ -11,9 +11,7 @@ from torch import nn
 
 from vpns_kernels.choose import Choice, Machine, break_even_density, choose, query_of, this_machine
 from vpns_kernels.cost import TERMS, LayerQuery
-from vpns_kernels.modules import MaskedConv2d, MaskedLinear
 from vpns_kernels.patterns import Pattern
-from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,10 @@ def explain(
 def _query(
     layer: nn.Module, size: Sequence[int] | None, dtype: torch.dtype | None, pattern: Pattern | None
 ) -> LayerQuery:
+    # Here, for the time it takes to import the package.
+    from vpns_kernels.modules import MaskedConv2d, MaskedLinear
+    from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
+
     if not isinstance(layer, SparseConv2d | SparseLinear | nn.Conv2d | nn.Linear):
         raise TypeError(f"explain: expected a convolution or a linear layer, got {type(layer).__name__}")
     is_linear = isinstance(layer, SparseLinear | nn.Linear)
