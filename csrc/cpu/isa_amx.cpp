@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/phases.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_amx.h"
 
@@ -14,6 +15,7 @@
 namespace vpns {
 namespace {
 #include "cpu/simd.inl"
+#include "cpu/sparse_conv2d_channels.inl"
 #include "cpu/sparse_conv2d_amx.inl"
 }  // namespace
 }  // namespace vpns

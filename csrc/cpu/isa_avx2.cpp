@@ -26,6 +26,7 @@ namespace {
 #include "cpu/simd.inl"
 #include "cpu/lanes.inl"
 #include "cpu/sparse_conv2d_unstructured.inl"
+#include "cpu/sparse_conv2d_channels.inl"
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
 #include "cpu/batch_norm_act.inl"

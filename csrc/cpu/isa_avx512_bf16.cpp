@@ -18,6 +18,7 @@
 namespace vpns {
 namespace {
 #include "cpu/simd.inl"
+#include "cpu/sparse_conv2d_channels.inl"
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
 }  // namespace

@@ -4,12 +4,14 @@
 // them, else nothing (then 16 neighbouring pixels stand in). Sixteen rows at a constant distance are one A tile; a kept
 // block's weights, in pairs of input channels, are B tiles. 32 rows × 32 output channels of sums stay in four tile
 // registers while all kept blocks of those channels stream past; sums are float32 and are rounded once, at the store.
+// Channel weights are blocks that are all kept, of the kept channels alone.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "cpu/planes.h"
+#include "cpu/sparse_conv2d_channels.h"
 #include "params.h"
 
 namespace vpns {
@@ -17,7 +19,7 @@ namespace vpns {
 constexpr int kTileRows = 16;
 
 struct AmxPlan {
-  ConvShape shape;
+  ConvShape shape;  // of the blocks: of channel weights, C and K are the kept ones
   bool images_in_lanes;
   Planes planes;
   int64_t bk, bc;
@@ -26,6 +28,11 @@ struct AmxPlan {
   std::vector<uint16_t> weights;  // [blocks][bk / 16][bc / step][step / 2][16][2]
   std::vector<int64_t> offsets;   // by block, elements from an output pixel's base
   std::vector<int64_t> starts;    // [block rows + 1]
+  int64_t outputs, inputs;        // channels of y and of x
+  std::vector<uint16_t> gather;   // kept input channels; empty where all are
+  std::vector<uint16_t> keeps;    // kept output channels of the spans
+  std::vector<OutputSpan> spans;  // by block row and 32 of its output channels
+  std::vector<int64_t> first_span;  // [block rows + 1]
 };
 
 // The images [first_image, first_image + images) of a call; images fills whole groups of lanes where they are lanes.

@@ -1,4 +1,5 @@
-// The loop of sparse_conv2d_amx.h; included by the AMX file and, over emulated tiles, by the emulated one.
+// The loop of sparse_conv2d_amx.h; included by the AMX file and, over emulated tiles, by the emulated one, after
+// sparse_conv2d_channels.inl.
 // Needs VPNS_RUN_AMX (the name of the function that is defined) and the _tile_ intrinsics.
 
 struct TileShapes {  // as LDTILECFG reads it
@@ -77,38 +78,15 @@ void load_tile_planes(const AmxPlan& plan, const ConvCall& call, int64_t n, int6
           for (int64_t lane = 0; lane < lanes; ++lane) {
             const uint16_t* pixel =
                 inside ? x + lane * call.x_stride_n + h * call.x_stride_h + w * call.x_stride_w : nullptr;
-            for (int64_t g = 0; g < s.groups; ++g, to += plan.group_channels)
-              copy_pixel(pixel ? pixel + g * channels : nullptr, channels, plan.group_channels, to);
+            for (int64_t g = 0; g < s.groups; ++g, to += plan.group_channels) {
+              const bool gathers = pixel != nullptr && !plan.gather.empty();
+              copy_pixel(pixel && !gathers ? pixel + g * channels : nullptr, channels, plan.group_channels, to);
+              if (gathers)
+                gather_cells(reinterpret_cast<const Bf16*>(pixel), plan.gather.data(), plan.inputs,
+                             reinterpret_cast<Bf16*>(to));
+            }
           }
         }
-}
-
-#if defined(__AVX512BF16__)
-// 16 sums become bf16 in one instruction; without it the rounding costs more than the tile products at low density.
-inline int64_t store_sixteens(const float* sums, const float* bias, int64_t count, const Output<Bf16>& out, int64_t at) {
-  if (out.residual != nullptr || out.act == Act::kRelu6) return 0;
-  int64_t k = 0;
-  for (; k + 16 <= count; k += 16) {
-    __m512 value = _mm512_loadu_ps(sums + k);
-    if (bias != nullptr) value = _mm512_add_ps(value, _mm512_loadu_ps(bias + k));
-    // The second operand is what a NaN yields: the sum itself.
-    if (out.act == Act::kRelu) value = _mm512_max_ps(_mm512_setzero_ps(), value);
-    const __m256bh half = _mm512_cvtneps_pbh(value);
-    std::memcpy(out.y + at + k, &half, sizeof half);
-  }
-  return k;
-}
-#endif
-template <typename Y>
-int64_t store_sixteens(const float*, const float*, int64_t, const Output<Y>&, int64_t) {
-  return 0;
-}
-
-template <typename Y>
-void store_row(const float* sums, const float* bias, int64_t count, const Output<Y>& out, int64_t at) {
-  int64_t k = store_sixteens(sums, bias, count, out, at);
-  for (; k + 8 <= count; k += 8) finish8(out, at + k, bias ? load8(sums + k) + load8(bias + k) : load8(sums + k));
-  for (; k < count; ++k) finish1(out, at + k, bias ? sums[k] + bias[k] : sums[k]);
 }
 
 // Where the 16 rows of a group go: element index of the output pixel, or -1 where there is none.
@@ -136,12 +114,11 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
   const int64_t groups = plan.images_in_lanes ? planes.tile_p * planes.tile_q : ceil_div(flat, kTileRows);
   const int64_t tiles_p = ceil_div(s.P, planes.tile_p), tiles_q = ceil_div(s.Q, planes.tile_q);
   const int64_t tasks = images / lanes * tiles_p * tiles_q;
-  const int64_t filters = s.K / s.groups, rows_per_group = ceil_div(filters, plan.bk);
-  const int64_t block_rows = s.groups * rows_per_group;
+  const int64_t block_rows = static_cast<int64_t>(plan.starts.size()) - 1;
   const int64_t parts =
       call.threads == 1 ? 1 : std::clamp<int64_t>(2 * call.threads / std::max<int64_t>(tasks, 1), 1, block_rows);
-  const float* bias = static_cast<const float*>(call.bias);
   const Output<Y> out(call);
+  const bool streams = s.N * s.P * s.Q * plan.outputs * static_cast<int64_t>(sizeof(Y)) >= kStreamedBytes;
 #pragma omp parallel num_threads(call.threads)
   {
     // Sixteen pixels more: the last group of rows may reach past the planes.
@@ -150,7 +127,8 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
     uint16_t* x = reinterpret_cast<uint16_t*>(memory + groups * kTileRows * 2);
     alignas(64) float sums[32 * 32];
     configure_tiles(plan.step);
-#pragma omp for schedule(dynamic, 1)
+    PhaseClock clock(call);
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < tasks * parts; ++task) {
       const int64_t part = task % parts, tile = task / parts;
       const int64_t q0 = tile % tiles_q * planes.tile_q, p0 = tile / tiles_q % tiles_p * planes.tile_p;
@@ -158,13 +136,14 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
       load_tile_planes(plan, call, n, p0, q0, x);
       for (int64_t group = 0; group < groups; ++group)
         find_targets(plan, n, p0, q0, group, target + group * kTileRows);
+      clock.ends(kLayout);
       for (int64_t row = block_rows * part / parts; row < block_rows * (part + 1) / parts; ++row) {
         const int64_t first_block = plan.starts[row], blocks = plan.starts[row + 1] - first_block;
-        const int64_t k0 = row / rows_per_group * filters + row % rows_per_group * plan.bk;
-        const int64_t wanted = std::min(plan.bk, filters - row % rows_per_group * plan.bk);
         const int64_t column_elements = plan.bc * 16, block_elements = plan.bk * plan.bc;
-        for (int64_t k = 0; k < wanted; k += 32) {
-          const int64_t count = std::min<int64_t>(wanted - k, 32);
+        for (int64_t index = plan.first_span[row]; index < plan.first_span[row + 1]; ++index) {
+          const OutputSpan& span = plan.spans[index];
+          const int64_t k = 32 * (index - plan.first_span[row]);
+          const float* bias = call.bias ? static_cast<const float*>(call.bias) + span.k0 : nullptr;
           for (int64_t group = 0; group < groups; group += 2) {
             const auto base = [&](int64_t i) {
               const int64_t pixel = plan.images_in_lanes
@@ -183,17 +162,21 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
                                   plan.bc / plan.step,
                                   plan.step,
                                   sums};
-            if (two_rows) count > 16 ? multiply_tiles<true, true>(product) : multiply_tiles<true, false>(product);
-            else count > 16 ? multiply_tiles<false, true>(product) : multiply_tiles<false, false>(product);
+            if (two_rows) span.count > 16 ? multiply_tiles<true, true>(product) : multiply_tiles<true, false>(product);
+            else span.count > 16 ? multiply_tiles<false, true>(product) : multiply_tiles<false, false>(product);
+            clock.ends(kProducts);
             for (int64_t i = 0; i < (two_rows ? 32 : 16); ++i) {
-              const int64_t pixel = target[group * kTileRows + i];
-              if (pixel >= 0)
-                store_row(sums + i * 32, bias ? bias + k0 + k : nullptr, count, out, pixel * s.K + k0 + k);
+              if (target[group * kTileRows + i] < 0) continue;
+              const int64_t at = target[group * kTileRows + i] * plan.outputs + span.k0;
+              if (span.span == span.count) finish_outputs(out, at, sums + i * 32, bias, span.count, streams);
+              else scatter_outputs(out, at, sums + i * 32, bias, span.span, plan.keeps.data() + span.first_mask);
             }
+            clock.ends(kStores);
           }
         }
       }
     }
+    end_streams();
     _tile_release();
   }
 }

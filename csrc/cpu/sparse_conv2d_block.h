@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/sparse_conv2d_channels.h"
 #include "params.h"
 
 namespace vpns {
@@ -34,14 +35,10 @@ struct BlockRun {
   int64_t words;
 };
 
-// The outputs whose sums are made together.
-struct BlockStrip {
-  int64_t k0;         // the first of its output channels
-  int64_t span;       // how many output channels it writes, pruned ones included
-  int64_t count;      // how many of them have sums: at most two vectors
-  int64_t first_run, runs;
-  int64_t weights;    // index of its first word of weights
-  int64_t first_mask; // where span > count: of `keeps`, by 16 output channels
+// The outputs whose sums are made together: at most two vectors.
+struct BlockStrip : OutputSpan {
+  int64_t first_run = 0, runs = 0;
+  int64_t weights = 0;  // index of its first word of weights
 };
 
 struct BlockPlan {
@@ -52,8 +49,8 @@ struct BlockPlan {
   int64_t rows, cols;     // of the planes of a task
   int64_t group_cells;    // channels of a group in the planes
   bool may_read_in_place; // an input of the planes' type can itself serve as the planes
-  std::vector<uint16_t> gather;  // kept input channels, a bit each; empty where all are
-  std::vector<uint16_t> keeps;   // kept output channels of the strips, a bit each
+  std::vector<uint16_t> gather;  // kept input channels; empty where all are
+  std::vector<uint16_t> keeps;   // kept output channels of the strips
   std::vector<BlockStrip> strips;
   std::vector<BlockRun> runs;
   std::vector<uint32_t> weights; // by strip [words][vectors][lanes]

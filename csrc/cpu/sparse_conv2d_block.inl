@@ -97,7 +97,7 @@ struct BlockPixels {
 template <typename Cell>
 void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& strip, const void* x,
                const BlockPixels& pixels, StoreSums store, PhaseClock& clock) {
-  alignas(64) float sums[kBlockPixels * 2 * kLanes + 16] = {};
+  alignas(64) float sums[kBlockPixels * 2 * kLanes];
   const auto& table = strip.count > kLanes ? kMultiplyTwo<Cell> : kMultiplyOne<Cell>;
   // Equal shares of pixels, so that no share has too few sums to hide the latency of the additions.
   const int64_t shares = (pixels.count + kBlockPixels - 1) / kBlockPixels;
@@ -175,5 +175,6 @@ void run_block(const BlockPlan& plan, const ConvCall& call) {
       for (int64_t strip = first_strip(plan, part, parts); strip < last; ++strip)
         run_strip<Cell>(plan, call, plan.strips[strip], x, pixels, store, clock);
     }
+    end_streams();
   }
 }

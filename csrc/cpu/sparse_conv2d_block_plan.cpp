@@ -49,8 +49,9 @@ class Planner {
     set_tile();
   }
 
-  // A strip of the outputs from k0 on, in group g.
-  void add(BlockStrip strip, int64_t g, const std::vector<Piece>& pieces, WeightStrides strides) {
+  // A strip of outputs of group g.
+  void add(const OutputSpan& outputs, int64_t g, const std::vector<Piece>& pieces, WeightStrides strides) {
+    BlockStrip strip{outputs};
     strip.first_run = static_cast<int64_t>(plan_.runs.size());
     strip.weights = static_cast<int64_t>(plan_.weights.size());
     const int64_t pixel = plan_.shape.groups * plan_.group_cells;
@@ -149,7 +150,7 @@ BlockPlan plan_blocks(const ConvShape& s, const SparseWeights& weights, int64_t 
         pieces.push_back({tap / s.S, tap % s.S, c, std::min(bc, channels - c), (i * bk + k) * weights.bc});
       }
       const int64_t count = std::min({2 * lanes, bk - k, filters - in_group - k});
-      planner.add({g * filters + in_group + k, count, count, 0, 0, 0, 0}, g, pieces, {weights.bc, 1});
+      planner.add({g * filters + in_group + k, count, count, 0}, g, pieces, {weights.bc, 1});
     }
   }
   return planner.finish();
@@ -160,24 +161,15 @@ BlockPlan plan_channels(const ConvShape& s, const SparseWeights& weights, int64_
   const int64_t chunk = columns > 2 * kChannelChunk ? kChannelChunk : std::max<int64_t>(columns, 1);
   Planner planner(s, weights, lanes, pairs, columns, chunk);
   BlockPlan& plan = planner.plan();
-  if (columns < s.C) {
-    plan.gather.assign(ceil_div(s.C, 16), 0);
-    for (int64_t j = 0; j < columns; ++j) plan.gather[weights.index[j] / 16] |= uint16_t(1u << weights.index[j] % 16);
-  }
-  // At least one strip, for the outputs that have only a bias.
-  for (int64_t j = 0; j < std::max<int64_t>(weights.count, 1); j += 2 * lanes) {
-    const int64_t count = std::min(2 * lanes, weights.count - j);
-    const int64_t k0 = j == 0 ? 0 : weights.indptr[j];
-    const int64_t k1 = j + count < weights.count ? weights.indptr[j + count] : s.K;
-    const auto first_mask = static_cast<int64_t>(plan.keeps.size());
-    if (k1 - k0 > count) plan.keeps.resize(first_mask + ceil_div(k1 - k0, 16), 0);
-    for (int64_t i = j; i < j + count && k1 - k0 > count; ++i)
-      plan.keeps[first_mask + (weights.indptr[i] - k0) / 16] |= uint16_t(1u << (weights.indptr[i] - k0) % 16);
+  plan.gather = kept_inputs(s, weights);
+  int64_t first = 0;  // of the span's kept outputs
+  for (const OutputSpan& span : kept_outputs(s, weights, 2 * lanes, plan.keeps)) {
     std::vector<Piece> pieces;
-    for (int64_t c = 0; c < columns && count > 0; c += chunk)
+    for (int64_t c = 0; c < columns && span.count > 0; c += chunk)
       for (int64_t tap = 0; tap < taps; ++tap)
-        pieces.push_back({tap / s.S, tap % s.S, c, std::min(chunk, columns - c), (j * columns + c) * taps + tap});
-    planner.add({k0, k1 - k0, count, 0, 0, 0, first_mask}, 0, pieces, {columns * taps, taps});
+        pieces.push_back({tap / s.S, tap % s.S, c, std::min(chunk, columns - c), (first * columns + c) * taps + tap});
+    planner.add(span, 0, pieces, {columns * taps, taps});
+    first += span.count;
   }
   return planner.finish();
 }
