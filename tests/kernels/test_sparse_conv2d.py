@@ -66,6 +66,22 @@ def test_every_native_kernel_meets_the_bound_on_every_case_it_takes(kernel: str)
     assert taken >= 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", ["block:32x2", "channel"])
+def test_outputs_too_large_for_the_caches(spec: str, dtype: torch.dtype) -> None:
+    geometry, pattern = ConvGeometry(4, 256, (1, 1)), parse_pattern(spec)
+    weight = torch.randn(geometry.weight_shape).to(dtype)
+    units = torch.rand(pattern.units_shape(geometry.weight_shape)) < 0.7
+    mask = pattern.expand(units, geometry.weight_shape).contiguous()
+    packed = pack(weight, mask, pattern, geometry)
+    x, bias = torch.randn(1, 4, 181, 182).to(dtype), torch.randn(256)
+    args = packed.values, packed.layout, geometry, x.shape, dtype
+    prepared = Prepared(*args)
+    y = prepared.run(x, bias)
+    assert y.numel() * y.element_size() > 16 << 20
+    assert conv_excess(y, x, weight * mask, bias, geometry) <= 1, prepared.kernel
+
+
 @pytest.mark.parametrize("isa", LIBRARY.isa_list())
 def test_a_lower_instruction_set_can_be_forced(isa: str) -> None:
     LIBRARY.isa_cap(isa)
