@@ -5,7 +5,8 @@
     python -m bench.tune --seconds 50         stop after that long; called again it goes on
     python -m bench.tune --fit                no timing: from the rows that are there
 
-The rows are kept (--rows), one JSON line each, so that an interrupted run goes on where it was.
+The rows are kept (--rows), one JSON line each, so that an interrupted run goes on where it was; those of
+another commit are measured anew.
 """
 
 from __future__ import annotations
@@ -109,10 +110,15 @@ def measure_class(options: argparse.Namespace) -> int:
     """Measure what is missing of the class that this process runs as."""
     isa = this_machine().isa
     path = options.rows / f"{isa}.jsonl"
+    about_path = options.rows / f"{isa}.machine.json"
+    here = fingerprint()
+    if path.exists() and json.loads(about_path.read_text())["commit"] != here["commit"]:
+        # Other code has other times.
+        path.unlink()
     lines = path.read_text().splitlines() if path.exists() else []
     done = {(row["turn"], row["cell"]) for row in map(json.loads, lines)}
     if not done:
-        (options.rows / f"{isa}.machine.json").write_text(json.dumps(fingerprint()))
+        about_path.write_text(json.dumps(here))
     wanted = [(turn, cell) for turn in range(options.passes) for cell in design()[:: options.every]]
     missing = [(turn, cell) for turn, cell in wanted if (turn, cell.name) not in done]
     stop_at = time.monotonic() + options.seconds

@@ -156,6 +156,24 @@ def test_what_was_never_measured_is_carried_over_and_says_so() -> None:
     assert first.estimate.error >= 0.5
 
 
+def test_estimates_carried_over_to_tiles_are_near_what_was_measured_there() -> None:
+    # Milliseconds of two threads at batch 16: dense float32, dense bf16, blocks of 16 at density 0.1.
+    measured = {
+        (64, 56): (9.8, 1.44, 0.84),
+        (128, 28): (9.4, 1.10, 0.63),
+        (256, 14): (9.1, 1.28, 0.50),
+        (512, 7): (10.3, 2.43, 0.52),
+    }
+    names = ("dense float32", "dense bfloat16", "block_amx")
+    for (channels, side), times in measured.items():
+        geometry = ConvGeometry(channels, channels, (3, 3), padding=(1, 1))
+        sizes = ((16, side, side), (0, 16, 16), "bfloat16", "bfloat16")
+        layer = LayerQuery(geometry, *sizes).at_density(0.1)
+        for name, ms in zip(names, times, strict=True):
+            cast = replace(layer, dtype="float32") if name == "dense float32" else layer
+            assert 1 / 3 < estimate(cast, name, "amx", 2, cost_table()).ms / ms < 3, (name, channels)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_every_dtype_has_an_estimate(dtype: str) -> None:
     found = choose(query(0.1, dtype=dtype, weight_dtype=dtype), MACHINE, TABLE)
