@@ -13,7 +13,8 @@ const char* isa_name(Isa isa);
 // Whether the CPU, the operating system and the cap allow it.
 bool isa_usable(Isa isa);
 
-// Never use anything above `name` ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_fp16", "amx"); empty lifts the cap.
+// Never use anything above `name` ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_fp16", "amx"); empty lifts the
+// cap.
 // The environment variable VPNS_ISA sets the cap that holds at the start.
 void isa_cap(const std::string& name);
 

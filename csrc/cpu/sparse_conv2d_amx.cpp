@@ -108,7 +108,8 @@ std::unique_ptr<PreparedConv> prepare(const ConvShape& s, const SparseWeights& w
 
 template <Format kFormat>
 std::string why_not(const ConvShape&, const SparseWeights& weights, DType x_dtype) {
-  if (weights.format != kFormat) return kFormat == Format::kBlock ? "it takes block weights" : "it takes channel weights";
+  if (weights.format != kFormat)
+    return kFormat == Format::kBlock ? "it takes block weights" : "it takes channel weights";
   if (weights.dtype != DType::kBF16 || x_dtype != DType::kBF16) return "it takes bf16 inputs and weights";
   if (kFormat == Format::kBlock && (weights.bk % 16 != 0 || weights.bc % 16 != 0))
     return "it takes blocks of a multiple of 16 channels";

@@ -27,7 +27,8 @@ std::unique_ptr<PreparedConv> prepare(const ConvShape& s, const SparseWeights& w
 
 template <Format kFormat>
 std::string why_not(const ConvShape&, const SparseWeights& weights, DType x_dtype) {
-  if (weights.format != kFormat) return kFormat == Format::kBlock ? "it takes block weights" : "it takes channel weights";
+  if (weights.format != kFormat)
+    return kFormat == Format::kBlock ? "it takes block weights" : "it takes channel weights";
   if (weights.dtype == DType::kF64 || x_dtype == DType::kF64) return "it computes in float32";
   return {};
 }

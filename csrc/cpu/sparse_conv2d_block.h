@@ -1,13 +1,13 @@
 // Convolution with blocks of kept weights on vectors of output channels: what is prepared, and how it is run.
 //
 // A tile of the input is laid out as planes [row][column][channel], padded with zeros, so that every filter tap is one
-// offset and needs no border cases. The sums of a few output pixels × up to two vectors of output channels (a strip) stay
-// in registers while all kept weights of those channels stream past: a matrix product whose inner dimension is only what
-// was kept. Its unit is a 32-bit word: one channel in float32, a pair of channels in bf16. Kept weights that read
+// offset and needs no border cases. The sums of a few output pixels × up to two vectors of output channels (a strip)
+// stay in registers while all kept weights of those channels stream past: a matrix product whose inner dimension is only
+// what was kept. Its unit is a 32-bit word: one channel in float32, a pair of channels in bf16. Kept weights that read
 // neighbouring words are one run. A 1×1 layer without padding reads the input where it is.
 //
-// Channel weights are the same loop with everything kept: input channels are gathered when the planes are laid out, sums
-// scattered among the pruned outputs when they are stored.
+// Channel weights are the same loop with everything kept: input channels are gathered when the planes are laid out,
+// sums scattered among the pruned outputs when they are stored.
 #pragma once
 
 #include <cstdint>

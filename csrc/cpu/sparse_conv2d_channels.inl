@@ -1,5 +1,5 @@
-// The channels of one pixel: kept inputs gathered, sums finished and scattered among pruned outputs (sixteen at a time with
-// masks where the CPU has them). Lists of kept channels have a bit for each channel (sparse_conv2d_channels.h).
+// The channels of one pixel: kept inputs gathered, sums finished and scattered among pruned outputs (sixteen at a time
+// with masks where the CPU has them). Lists of kept channels have a bit for each channel (sparse_conv2d_channels.h).
 
 // Outputs of at least this many bytes would not stay in the caches until somebody reads them.
 constexpr int64_t kStreamedBytes = 16 << 20;
@@ -42,7 +42,9 @@ void gather_cells(const X* from, const uint16_t* keeps, int64_t channels, Cell* 
 
 // y = act(sums + bias + residual) of `count` output channels, from output `at` on.
 #if defined(__AVX512BW__)
-inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1); }
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1);
+}
 inline void store_lanes(__mmask16 lanes, float* to, __m512 v) { _mm512_mask_storeu_ps(to, lanes, v); }
 inline void store_lanes(__mmask16 lanes, Fp16* to, __m512 v) {
   _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -73,14 +75,17 @@ inline __m512 finished(const Output<Y>& out, int64_t at, __mmask16 lanes, __m512
 }
 inline bool is_line(const void* to) { return reinterpret_cast<uintptr_t>(to) % 64 == 0; }
 // Whole cache lines past the caches, which would first read what is written over; gives how many outputs it wrote.
-inline int64_t stream_outputs(const Output<float>& out, int64_t at, const float* sums, const float* bias, int64_t count) {
+inline int64_t stream_outputs(const Output<float>& out, int64_t at, const float* sums, const float* bias,
+                              int64_t count) {
   int64_t k = 0;
   for (; is_line(out.y + at) && k + 16 <= count; k += 16)
-    _mm512_stream_ps(out.y + at + k, finished(out, at + k, 0xffff, _mm512_loadu_ps(sums + k), bias ? bias + k : nullptr));
+    _mm512_stream_ps(out.y + at + k,
+                     finished(out, at + k, 0xffff, _mm512_loadu_ps(sums + k), bias ? bias + k : nullptr));
   return k;
 }
 #if defined(__AVX512BF16__)
-inline int64_t stream_outputs(const Output<Bf16>& out, int64_t at, const float* sums, const float* bias, int64_t count) {
+inline int64_t stream_outputs(const Output<Bf16>& out, int64_t at, const float* sums, const float* bias,
+                              int64_t count) {
   int64_t k = 0;
   for (; is_line(out.y + at) && k + 32 <= count; k += 32) {
     const __m512 low = finished(out, at + k, 0xffff, _mm512_loadu_ps(sums + k), bias ? bias + k : nullptr);
