@@ -21,6 +21,7 @@ def conv_excess(
     geometry: ConvGeometry,
     residual: Tensor | None = None,
     act: str = "none",
+    half_sums: bool = False,
 ) -> float:
     """How far a convolution's result lies beyond the bound; at most 1 is right.
 
@@ -32,6 +33,8 @@ def conv_excess(
     Args:
         y: [N, K, P, Q], the result that is judged, in any floating dtype.
         weight: [K, C / groups, R, S] with zeros in place, in the dtype of the stored values.
+        half_sums: y comes from a kernel that sums in float16 and is judged against torch's dense bfloat16
+            kernel, the rounding of its outputs included.
     """
     g = geometry
     conv = (g.stride, g.padding, g.dilation, g.groups)
@@ -47,7 +50,12 @@ def conv_excess(
         roundoff = torch.finfo(torch.float32).eps / 2
     # Torch has no kernel whose output has another type: the nearest one takes and gives both.
     peer_x = x.to(torch.promote_types(x.dtype, y.dtype))
-    relative = 2 * max(_dense_error(peer_x, weight, bias, g, truth, scale), roundoff)
+    if half_sums:
+        half = F.conv2d(*(a if a is None else a.bfloat16() for a in (x, weight, bias)), *conv).double()
+        peer = float(((half - truth).abs() / scale.clamp(min=torch.finfo(torch.float64).tiny)).max())
+        relative = 2 * max(peer, torch.finfo(torch.float16).eps / 2)
+    else:
+        relative = 2 * max(_dense_error(peer_x, weight, bias, g, truth, scale), roundoff)
     if residual is not None:
         truth, scale = truth + residual.double(), scale + residual.double().abs()
     truth = _activate(truth, act)

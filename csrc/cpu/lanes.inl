@@ -36,9 +36,16 @@ inline Vec load_row(const X* from) {
   }
 }
 
+inline void store_row(float* to, Vec row) { store(to, row); }
+inline void store_row(_Float16* to, Vec v) {
+  float row[kLanes];
+  store(row, v);
+  for (int i = 0; i < kLanes; i += 8) store8(reinterpret_cast<Fp16*>(to) + i, load8(row + i));
+}
+
 // Channels [0, count) of kLanes pixels (null: padding) become vectors: to[c * channel_stride + lane].
-template <typename X>
-void gather_lanes(const X* const* pixel, int64_t count, float* to, int64_t channel_stride) {
+template <typename X, typename Plane>
+void gather_lanes(const X* const* pixel, int64_t count, Plane* to, int64_t channel_stride) {
   int64_t c = 0;
   for (; c + kLanes <= count; c += kLanes) {
     Vec rows[kLanes];
@@ -46,11 +53,11 @@ void gather_lanes(const X* const* pixel, int64_t count, float* to, int64_t chann
     for (int lane = 0; lane < kLanes; ++lane) rows[lane] = pixel[lane] ? load_row(pixel[lane] + c) : Vec{};
     transpose(rows);
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) store(to + (c + i) * channel_stride, rows[i]);
+    for (int i = 0; i < kLanes; ++i) store_row(to + (c + i) * channel_stride, rows[i]);
   }
   for (; c < count; ++c)
     for (int lane = 0; lane < kLanes; ++lane)
-      to[c * channel_stride + lane] = pixel[lane] ? widen(pixel[lane][c]) : 0.0f;
+      to[c * channel_stride + lane] = static_cast<Plane>(pixel[lane] ? widen(pixel[lane][c]) : 0.0f);
 }
 
 template <typename Y>

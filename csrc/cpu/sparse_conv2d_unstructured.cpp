@@ -2,6 +2,7 @@
 #include "cpu/sparse_conv2d_unstructured.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -12,18 +13,21 @@
 namespace vpns {
 namespace {
 
-// A vector length: how many lanes of how many bytes, and how many vectors of sums the registers hold.
+// A vector length: how many lanes of how many bytes, how many vectors of sums the registers hold, and how many weights one
+// sum adds up.
 struct Vectors {
   int lanes, lane_bytes, most;
+  int64_t chunk_weights;
 };
+constexpr Vectors kAvx2{8, 4, kMaxSegmentAvx2, kMaxChunkWeights};
+constexpr Vectors kAvx512{16, 4, kMaxSegmentAvx512, kMaxChunkWeights};
+constexpr Vectors kAvx512Fp16{32, 2, kMaxSegmentAvx512, kMaxChunkWeightsFp16};
+constexpr float kLargestFp16 = 65504.0f;
 
 // The planes of a tile may fill this share of the second-level cache, from where chunks reach the first.
 constexpr double kPlaneShare = 0.7;
 // A chunk may be this much larger than the first-level cache: sums that pass through it more often cost more than misses.
 constexpr double kChunkShare = 1.2;
-// Weights of an output channel in a chunk, were all kept: what one sum may add up without losing more to rounding than
-// a dense kernel does.
-constexpr int64_t kChunkWeights = 256;
 
 // What a patch costs in cycles, roughly, with segments of one size.
 struct Cut {
@@ -38,7 +42,7 @@ Cut cut_patch(const ConvShape& s, const Vectors& v, int64_t patch_p, int64_t pat
     for (int64_t cols = 1; cols <= std::min<int64_t>(v.most / rows, patch_q); ++cols) {
       const int64_t touched = Planes(s, rows, cols).pixels() * v.lanes * v.lane_bytes;
       const int64_t most = std::min(static_cast<int64_t>(l1_cache_bytes() * kChunkShare) / touched,
-                                    kChunkWeights / (s.R * s.S));
+                                    v.chunk_weights / (s.R * s.S));
       const int64_t chunks = ceil_div(channels, std::clamp<int64_t>(most, 1, channels));
       const double vectors = patch_p * patch_q, segments = ceil_div(patch_p, rows) * ceil_div(patch_q, cols);
       // A weight: a multiply-add per vector and its broadcast. A run: sums in and out, and a loop that ends.
@@ -193,9 +197,9 @@ class PreparedUnstructured final : public PreparedConv {
   std::optional<UnstructuredPlan> by_patch_;  // of the images left over
 };
 
-template <int kLanes, int kLaneBytes, int kMost, RunUnstructured kRun>
+template <const Vectors& kVectors, RunUnstructured kRun>
 std::unique_ptr<PreparedConv> prepare(const ConvShape& s, const SparseWeights& weights) {
-  return std::make_unique<PreparedUnstructured>(s, weights, Vectors{kLanes, kLaneBytes, kMost}, kRun);
+  return std::make_unique<PreparedUnstructured>(s, weights, kVectors, kRun);
 }
 
 std::string why_not(const ConvShape& s, const SparseWeights& weights, DType x_dtype) {
@@ -207,18 +211,31 @@ std::string why_not(const ConvShape& s, const SparseWeights& weights, DType x_dt
   return {};
 }
 
+std::string why_not_fp16(const ConvShape& s, const SparseWeights& weights, DType x_dtype) {
+  if (std::string reason = why_not(s, weights, x_dtype); !reason.empty()) return reason;
+  if (x_dtype != DType::kBF16 && x_dtype != DType::kF16) return "it sums in float16: float16 and bfloat16 inputs only";
+  if (s.R * s.S > kMaxChunkWeightsFp16) return "its float16 sums take filters of at most 64 taps";
+  for (int64_t i = 0; weights.values != nullptr && i < weights.count; ++i)
+    if (!(std::abs(weight_at(weights, i)) <= kLargestFp16)) return "a weight is beyond the range of float16";
+  return {};
+}
+
 }  // namespace
 
 void add_unstructured_kernels(std::vector<SparseConvKernel>& table) {
+#if defined(VPNS_WITH_AVX512_FP16)
+  table.push_back({"unstructured_avx512_fp16", Isa::kAvx512Fp16, false, why_not_fp16,
+                   prepare<kAvx512Fp16, run_unstructured_avx512_fp16>});
+#endif
 #if defined(VPNS_WITH_AVX512)
-  table.push_back({"unstructured_avx512", Isa::kAvx512, false, why_not,
-                   prepare<16, 4, kMaxSegmentAvx512, run_unstructured_avx512>});
+  table.push_back({"unstructured_avx512", Isa::kAvx512, false, why_not, prepare<kAvx512, run_unstructured_avx512>});
 #endif
 #if defined(VPNS_WITH_AVX2)
-  table.push_back(
-      {"unstructured_avx2", Isa::kAvx2, false, why_not, prepare<8, 4, kMaxSegmentAvx2, run_unstructured_avx2>});
+  table.push_back({"unstructured_avx2", Isa::kAvx2, false, why_not, prepare<kAvx2, run_unstructured_avx2>});
   table.push_back({"unstructured_avx512_emulated", Isa::kAvx2, true, why_not,
-                   prepare<16, 4, kMaxSegmentAvx512, run_unstructured_avx512_emulated>});
+                   prepare<kAvx512, run_unstructured_avx512_emulated>});
+  table.push_back({"unstructured_avx512_fp16_emulated", Isa::kAvx2, true, why_not_fp16,
+                   prepare<kAvx512Fp16, run_unstructured_avx512_fp16_emulated>});
 #endif
 }
 

@@ -62,10 +62,14 @@ using RunUnstructured = void (*)(const UnstructuredPlan&, const ConvCall&, int64
 void run_unstructured_avx2(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
 void run_unstructured_avx512(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
 void run_unstructured_avx512_emulated(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
+void run_unstructured_avx512_fp16(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
+void run_unstructured_avx512_fp16_emulated(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
 
 // Registers that hold sums: of 16 (32) one holds the weight, one is left to the compiler.
 constexpr int kMaxSegmentAvx2 = 14;
 constexpr int kMaxSegmentAvx512 = 28;
+// What one sum may add up, in float without losing more to rounding than a dense kernel does, and in fp16.
+constexpr int64_t kMaxChunkWeights = 256, kMaxChunkWeightsFp16 = 64;
 // Rows of a segment: as many as one base and one distance reach without further address arithmetic.
 constexpr int kMaxSegmentRows = 4;
 // Output channels of a block.

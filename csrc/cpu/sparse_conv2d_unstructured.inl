@@ -1,36 +1,60 @@
 // The loop of sparse_conv2d_unstructured.h for one vector length; included by each instruction set's own file.
-// Needs VPNS_LANES, VPNS_MAX_SEGMENT and VPNS_RUN_UNSTRUCTURED (the name of the function that is defined).
+// Needs VPNS_MAX_SEGMENT and VPNS_RUN_UNSTRUCTURED (the name of the function that is defined). With VPNS_HALF_SUMS planes
+// and the sums of a chunk are in fp16, twice as many to a vector; they join the other chunks' in float.
 
 constexpr int kMaxSegment = VPNS_MAX_SEGMENT;
+#ifdef VPNS_HALF_SUMS
+using Plane = _Float16;
+using PlaneVec = HalfVec;
+constexpr int kParts = 2;  // vectors of floats to a vector of planes
+inline PlaneVec broadcast_weight(float weight) { return half_broadcast(weight); }
+// The bias joins in float.
+inline PlaneVec start_sums(float) { return PlaneVec{}; }
+inline Vec join_start(Vec sums, float start) { return sums + start; }
+#else
+using Plane = float;
+using PlaneVec = Vec;
+constexpr int kParts = 1;
+inline PlaneVec broadcast_weight(float weight) { return broadcast(weight); }
+inline PlaneVec start_sums(float start) { return broadcast(start); }
+inline Vec join_start(Vec sums, float) { return sums; }
+inline PlaneVec load_lanes(const float* from) { return load(from); }
+inline PlaneVec multiply_add(PlaneVec a, PlaneVec b, PlaneVec sum) { return sum + a * b; }
+inline Vec part_of(PlaneVec v, int) { return v; }
+#endif
+constexpr int kWide = kParts * kLanes;
 
 // out[r][c] (+)= Σ weight · x[offset + r · pitch + c], all but `pitch` in vectors. A chunk is summed up before it joins the
 // others: one sum over all kept weights would lose more to rounding.
 template <int R, int C, bool kFirst>
-void accumulate(const float* x, int64_t pitch, const TapEntry* entry, const TapEntry* end, float* out, float start) {
-  const float* row[R];
+void accumulate(const Plane* x, int64_t pitch, const TapEntry* entry, const TapEntry* end, float* out, float start) {
+  const Plane* row[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     row[r] = x + r * pitch;
     // Kept apart, or the compiler makes an address for each vector and runs out of registers.
     asm("" : "+r"(row[r]));
   }
-  Vec sum[R * C];
+  PlaneVec sum[R * C];
   // Unrolled before anything else, else the sums pass through the stack.
 #pragma GCC unroll 32
-  for (int t = 0; t < R * C; ++t) sum[t] = broadcast(kFirst ? start : 0.0f);
+  for (int t = 0; t < R * C; ++t) sum[t] = kFirst ? start_sums(start) : PlaneVec{};
   for (; entry != end; ++entry) {
     const int64_t tap = entry->offset;
-    const Vec weight = broadcast(entry->weight);
+    const PlaneVec weight = broadcast_weight(entry->weight);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 32
-      for (int c = 0; c < C; ++c) sum[r * C + c] += weight * load(row[r] + tap + c * kLanes);
+      for (int c = 0; c < C; ++c)
+        sum[r * C + c] = multiply_add(weight, load_lanes(row[r] + tap + c * kWide), sum[r * C + c]);
   }
 #pragma GCC unroll 32
-  for (int t = 0; t < R * C; ++t) store(out + t * kLanes, kFirst ? sum[t] : load(out + t * kLanes) + sum[t]);
+  for (int t = 0; t < R * C; ++t)
+    for (int part = 0; part < kParts; ++part, out += kLanes)
+      store(out, kFirst ? join_start(part_of(sum[t], part), start) : load(out) + part_of(sum[t], part));
 }
 
-using Accumulate = void (*)(const float*, int64_t, const TapEntry*, const TapEntry*, float*, float);
+using Accumulate = void (*)(const Plane*, int64_t, const TapEntry*, const TapEntry*, float*, float);
 
 template <int R, bool kFirst, int... C>
 constexpr std::array<Accumulate, kMaxSegment> accumulate_row(std::integer_sequence<int, C...>) {
@@ -53,7 +77,7 @@ struct Tile {
 // Rows [begin, end) of all planes of a tile, counted over the planes one after the other.
 template <typename X>
 void load_planes(const UnstructuredPlan& plan, const ConvCall& call, const Tile& tile, int64_t begin, int64_t end,
-                 float* to) {
+                 Plane* to) {
   const ConvShape& s = plan.shape;
   const Lanes& lanes = plan.lanes;
   const Planes& planes = plan.planes;
@@ -61,9 +85,9 @@ void load_planes(const UnstructuredPlan& plan, const ConvCall& call, const Tile&
   for (int64_t at = begin; at < end; ++at) {
     const int64_t plane = at / planes.rows, phases_w = static_cast<int64_t>(planes.w.phases.size());
     const int64_t phase_h = planes.h.phases[plane / phases_w], phase_w = planes.w.phases[plane % phases_w];
-    const X* row[kLanes];  // null: padding, or a lane without an image
-    int64_t column[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
+    const X* row[kWide];  // null: padding, or a lane without an image
+    int64_t column[kWide];
+    for (int lane = 0; lane < kWide; ++lane) {
       const int64_t a = lane / lanes.patches_w % lanes.patches_h, b = lane % lanes.patches_w;
       const int64_t n = tile.first_image + lane / lanes.patches_w / lanes.patches_h;
       const int64_t h = (a * lanes.patch_p + tile.p0 + at % planes.rows) * s.stride_h + phase_h - s.pad_h;
@@ -73,12 +97,13 @@ void load_planes(const UnstructuredPlan& plan, const ConvCall& call, const Tile&
                       : nullptr;
     }
     for (int64_t col = 0; col < planes.cols; ++col) {
-      const X* pixel[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) {
+      const X* pixel[kWide];
+      for (int lane = 0; lane < kWide; ++lane) {
         const int64_t w = column[lane] + col * s.stride_w;
         pixel[lane] = row[lane] != nullptr && w >= 0 && w < s.W ? row[lane] + w * call.x_stride_w : nullptr;
       }
-      gather_lanes(pixel, channels, to + (at * planes.cols + col) * kLanes, plan.channel_stride);
+      for (int lane = 0; lane < kWide; lane += kLanes)
+        gather_lanes(pixel + lane, channels, to + (at * planes.cols + col) * kWide + lane, plan.channel_stride);
     }
   }
 }
@@ -86,13 +111,13 @@ void load_planes(const UnstructuredPlan& plan, const ConvCall& call, const Tile&
 // A segment cut to its patch: patch pixels from (p, q) on.
 struct Segment {
   int64_t p, q, rows, cols;
-  int64_t floats() const { return rows * cols * kLanes; }
+  int64_t floats() const { return rows * cols * kWide; }
 };
 
 // sums[filter of the block][row][column][lane]
-void multiply(const UnstructuredPlan& plan, const Segment& segment, const float* x, int64_t g, int64_t block,
+void multiply(const UnstructuredPlan& plan, const Segment& segment, const Plane* x, int64_t g, int64_t block,
               const float* bias, float* sums) {
-  const int64_t pitch = plan.planes.cols * kLanes;
+  const int64_t pitch = plan.planes.cols * kWide;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
     const Accumulate run_entries =
         (chunk == 0 ? kAccumulateFirst : kAccumulateMore)[segment.rows - 1][segment.cols - 1];
@@ -115,20 +140,21 @@ void store_segment(const UnstructuredPlan& plan, const ConvCall& call, const Til
   const Output<Y> out(call);
   for (int64_t row = 0; row < segment.rows; ++row)
     for (int64_t col = 0; col < segment.cols; ++col) {
-      int64_t target[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) {
+      int64_t target[kWide];
+      for (int lane = 0; lane < kWide; ++lane) {
         const int64_t p = lane / lanes.patches_w % lanes.patches_h * lanes.patch_p + segment.p + row;
         const int64_t q = lane % lanes.patches_w * lanes.patch_q + segment.q + col;
         const int64_t n = tile.first_image + lane / lanes.patches_w / lanes.patches_h;
         target[lane] = n < tile.end_image && p < s.P && q < s.Q ? ((n * s.P + p) * s.Q + q) * s.K + k0 : -1;
       }
-      scatter_lanes(sums + (row * segment.cols + col) * kLanes, segment.floats(), count, out, target);
+      for (int lane = 0; lane < kWide; lane += kLanes)
+        scatter_lanes(sums + (row * segment.cols + col) * kWide + lane, segment.floats(), count, out, target + lane);
     }
 }
 
 // All segments of a tile for one block of output channels.
 template <typename Y>
-void run_block(const UnstructuredPlan& plan, const ConvCall& call, const Tile& tile, int64_t block, const float* planes,
+void run_block(const UnstructuredPlan& plan, const ConvCall& call, const Tile& tile, int64_t block, const Plane* planes,
                float* sums, PhaseClock& clock) {
   const int64_t filters = plan.shape.K / plan.shape.groups;
   const int64_t k0 = tile.g * filters + plan.blocks[block], count = plan.blocks[block + 1] - plan.blocks[block];
@@ -138,7 +164,7 @@ void run_block(const UnstructuredPlan& plan, const ConvCall& call, const Tile& t
   for (int64_t p = 0; p < rows; p += plan.rows)
     for (int64_t q = 0; q < cols; q += plan.cols) {
       const Segment segment{tile.p0 + p, tile.q0 + q, std::min(plan.rows, rows - p), std::min(plan.cols, cols - q)};
-      multiply(plan, segment, planes + (p * plan.planes.cols + q) * kLanes, tile.g, block, bias, sums);
+      multiply(plan, segment, planes + (p * plan.planes.cols + q) * kWide, tile.g, block, bias, sums);
       clock.ends(kProducts);
       store_segment<Y>(plan, call, tile, segment, k0, count, sums);
       clock.ends(kStores);
@@ -156,33 +182,37 @@ void run_typed(const UnstructuredPlan& plan, const ConvCall& call, int64_t first
     const int64_t n = first_image + rest / s.groups * plan.lanes.images;
     return Tile{n, first_image + images, rest % s.groups, p * plan.planes.tile_p, q * plan.planes.tile_q};
   };
-  const int64_t tile_floats = s.C / s.groups * plan.channel_stride;
-  const int64_t sum_floats = kMaxBlockFilters * kMaxSegment * kLanes;
+  const int64_t tile_planes = s.C / s.groups * plan.channel_stride;
+  const int64_t tile_floats = tile_planes * static_cast<int64_t>(sizeof(Plane)) / 4;
+  const int64_t sum_floats = kMaxBlockFilters * kMaxSegment * kWide;
   const int64_t plane_rows = plan.planes.plane_count() * plan.planes.rows, blocks = plan.block_count();
   // Too few tiles to keep every thread busy: they lay out all of them together, then share out the output channels too.
   const bool together = call.threads > 1 && tiles < 4 * call.threads;
-  float* const shared = together ? thread_scratch(tiles * tile_floats + sum_floats) : nullptr;
+  // Sums first, planes behind them.
+  float* const shared = together ? thread_scratch(sum_floats + tiles * tile_floats) : nullptr;
 #pragma omp parallel num_threads(call.threads)
   {
     PhaseClock clock(call);
     if (together) {
-      float* const sums = omp_get_thread_num() == 0 ? shared + tiles * tile_floats : thread_scratch(sum_floats);
+      float* const sums = omp_get_thread_num() == 0 ? shared : thread_scratch(sum_floats);
+      Plane* const planes = reinterpret_cast<Plane*>(shared + sum_floats);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < tiles * plane_rows; ++i)
         load_planes<X>(plan, call, tile_at(i / plane_rows), i % plane_rows, i % plane_rows + 1,
-                       shared + i / plane_rows * tile_floats);
+                       planes + i / plane_rows * tile_planes);
       clock.ends(kLayout);
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t i = 0; i < tiles * blocks; ++i)
-        run_block<Y>(plan, call, tile_at(i / blocks), i % blocks, shared + i / blocks * tile_floats, sums, clock);
+        run_block<Y>(plan, call, tile_at(i / blocks), i % blocks, planes + i / blocks * tile_planes, sums, clock);
     } else {
-      float* const planes = thread_scratch(tile_floats + sum_floats);
+      float* const sums = thread_scratch(sum_floats + tile_floats);
+      Plane* const planes = reinterpret_cast<Plane*>(sums + sum_floats);
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t i = 0; i < tiles; ++i) {
         load_planes<X>(plan, call, tile_at(i), 0, plane_rows, planes);
         clock.ends(kLayout);
         for (int64_t block = 0; block < blocks; ++block)
-          run_block<Y>(plan, call, tile_at(i), block, planes, planes + tile_floats, clock);
+          run_block<Y>(plan, call, tile_at(i), block, planes, sums, clock);
       }
     }
   }

@@ -85,9 +85,10 @@ def test_every_native_kernel_meets_the_bound_on_every_case_it_takes(kernel: str)
         with poisoned_memory():
             y = prepared.run(x, bias, residual, act, args["out_dtype"])
         weight = unpack(values, layout, geometry)
-        assert conv_excess(y, x, weight, bias, geometry, residual, act) <= 1, case.name
+        half_sums = "fp16" in kernel
+        assert conv_excess(y, x, weight, bias, geometry, residual, act, half_sums) <= 1, case.name
         taken += 1
-    assert taken >= 4
+    assert taken >= (1 if "fp16" in kernel else 4)
 
 
 @pytest.mark.parametrize("spec", SPECS)
