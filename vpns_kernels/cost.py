@@ -36,6 +36,7 @@ TERMS = {
     "loops": "loops over outputs",
     "input": "reading the input",
     "planes": "laying out the input",
+    "narrow": "channels that fill no vector",
     "output": "writing the output",
     "fresh": "mapping new memory for the output",
     "weights": "reading the weights",
@@ -170,6 +171,8 @@ def features(query: LayerQuery, kernel: str) -> dict[str, float]:
         "loops": computed * out_channels * (C if query.format == "unstructured" else 1),
         "input": images * in_channels * height * width * x_bytes,
         "planes": images * in_channels * plane_pixels * (2 if half_planes else 4),
+        # Of each group, what is left of eights is laid out one by one (a stem, narrow groups).
+        "narrow": images * plane_pixels * g.groups * (C % 8) * 4,
         "output": pixels * K * x_bytes,
         "fresh": _fresh(pixels * K * x_bytes),
         "weights": stored * (8 if query.format == "unstructured" else BYTES[query.weight_dtype]),
