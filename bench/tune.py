@@ -219,7 +219,7 @@ def _worth_timing(kernels: Sequence[str], query: LayerQuery) -> list[str]:
 def _kernel_call(sparse: SparseConv2d | SparseLinear, kernel: str, x: Tensor) -> Callable[[], Tensor]:
     # Over the same tensors, with a cache of its own for the prepared weights.
     mine = copy.copy(sparse)
-    mine.kernel, mine._cache = kernel, type(sparse._cache)()
+    mine.kernel, mine._cache = kernel, copy.deepcopy(sparse._cache)
     return lambda: mine(x)
 
 

@@ -45,7 +45,7 @@ def prepare(
         query = query_of(geometry, x_shape, values, x_dtype)
         kernel = choose(query, this_machine(), may_be_dense=kernel == "").kernel
     if kernel == "dense":
-        return _Dense(values, layout, geometry, x_dtype)
+        return _Dense(values, layout, geometry, x_shape, x_dtype)
     if kernel == "compact":
         return _Compact(values, layout, geometry)
     return _cpu.Prepared(values, layout, geometry, x_shape, x_dtype, kernel)
@@ -60,21 +60,30 @@ class _Dense:
     kernel = "dense"
 
     def __init__(
-        self, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry, dtype: torch.dtype
+        self,
+        values: Tensor,
+        layout: Sequence[Tensor],
+        geometry: ConvGeometry,
+        x_shape: Sequence[int],
+        dtype: torch.dtype,
     ) -> None:
         weight = unpack(values.detach(), layout, geometry).to(dtype)
-        self._weight = weight.contiguous(memory_format=torch.channels_last)
-        self._geometry = geometry
+        self._geometry = g = geometry
+        # A matrix product, as in nn.Linear.
+        one_pixel = g.kernel_size == (1, 1) and tuple(x_shape[2:]) == (1, 1) and g.padding == (0, 0)
+        self._is_linear = one_pixel and g.groups == 1
+        self._weight = (
+            weight.flatten(1) if self._is_linear else weight.contiguous(memory_format=torch.channels_last)
+        )
 
     def run(
         self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None, act: str = "none"
     ) -> Tensor:
-        g = self._geometry
         bias = None if bias is None else bias.detach().to(x.dtype)
-        if g.kernel_size == (1, 1) and x.shape[2:] == (1, 1) and g.padding == (0, 0) and g.groups == 1:
-            # A matrix product, as in nn.Linear.
-            y = F.linear(x.flatten(1), self._weight.flatten(1), bias)[:, :, None, None]
+        if self._is_linear:
+            y = F.linear(x.flatten(1), self._weight, bias)[:, :, None, None]
         else:
+            g = self._geometry
             y = F.conv2d(x, self._weight, bias, g.stride, g.padding, g.dilation, g.groups)
         return finish(y, residual, act, x.dtype)
 

@@ -8,10 +8,7 @@ which leaves no trace).
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
-from threading import Lock
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,70 +22,6 @@ from vpns_kernels.ops.sparse_conv2d import compact, sparse_conv2d
 from vpns_kernels.ops.sparse_conv2d_fused import check_inputs, sparse_conv2d_fused
 from vpns_kernels.patterns import Pattern, Unstructured
 from vpns_kernels.runners import Runner, prepare
-
-# Input shapes (and dtypes and thread counts) for which a layer keeps its weights in the kernel's order.
-_KEPT_SHAPES = 8
-
-
-class _PreparedCache:
-    """The prepared forms of one layer that were used last, all of the same weights; never copied or saved."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._made: _Made | None = None
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _PreparedCache:
-        return _PreparedCache()
-
-    def __reduce__(self) -> tuple[type[_PreparedCache], tuple[()]]:
-        return _PreparedCache, ()
-
-    def get(self, layer: _Sparse, x: Tensor) -> Runner:
-        values, layout = layer.values, layer.layout
-        if any(tensor.is_inference() for tensor in (values, *layout)):
-            # Made under inference_mode: changes leave no trace, so nothing may be kept.
-            return prepare(values, layout, layer.geometry, x.shape, x.dtype, layer.kernel)
-        key = (tuple(x.shape), x.dtype, layer.kernel, torch.get_num_threads())
-        with self._lock:
-            made = self._made
-            if made is None or not made.is_of(values, *layout):
-                made = self._made = _Made.of(values, *layout)
-            found = made.prepared.get(key)
-            if found is not None:
-                made.prepared.move_to_end(key)
-                return found
-        # Outside the lock: other shapes need not wait. Two threads may prepare the same; one is kept.
-        found = prepare(values, layout, layer.geometry, x.shape, x.dtype, layer.kernel)
-        with self._lock:
-            found = made.prepared.setdefault(key, found)
-            made.prepared.move_to_end(key)
-            while len(made.prepared) > _KEPT_SHAPES:
-                made.prepared.popitem(last=False)
-        return found
-
-
-@dataclass(frozen=True)
-class _Made:
-    """Prepared forms, least recently used first, and the weights that they were made from.
-
-    Holding on to the tensors keeps their addresses from being given to others, so that equal address, type
-    and version mean equal content.
-    """
-
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    prepared: OrderedDict[tuple[object, ...], Runner]
-
-    @classmethod
-    def of(cls, *tensors: Tensor) -> _Made:
-        return cls(tuple(t.detach() for t in tensors), tuple(t._version for t in tensors), OrderedDict())
-
-    def is_of(self, *tensors: Tensor) -> bool:
-        """Whether nothing has changed since, in place or by other tensors."""
-        return all(
-            mine.data_ptr() == now.data_ptr() and mine.dtype == now.dtype and version == now._version
-            for mine, version, now in zip(self.tensors, self.versions, tensors, strict=True)
-        )
 
 
 class _Sparse(nn.Module):
@@ -118,12 +51,13 @@ class _Sparse(nn.Module):
         self._layout_names = [f"layout_{i}" for i in range(len(packed.layout))]
         for name, array in zip(self._layout_names, packed.layout, strict=True):
             self.register_buffer(name, array)
-        self._cache = _PreparedCache()
+        self._cache = _cpu.PreparedCache(prepare)
 
     @property
     def layout(self) -> tuple[Tensor, ...]:
         """The layout's arrays, as formats.Packed orders them."""
-        return tuple(self.get_buffer(name) for name in self._layout_names)
+        # Not by get_buffer, which takes longer than all else that a small call does.
+        return cast(tuple[Tensor, ...], tuple(map(self._buffers.__getitem__, self._layout_names)))
 
     @property
     def density(self) -> float:
@@ -138,7 +72,7 @@ class _Sparse(nn.Module):
         """Name of what runs this input without grad: a native kernel, "dense" (torch), or the backend."""
         image = x if x.dim() == 4 else x.reshape(-1, x.shape[-1], 1, 1)
         if _cpu.why_not(image, self.values, self.kernel) is None:
-            return self._cache.get(self, image).kernel
+            return self._prepared_for(image).kernel
         return "compact" if compact.why_not(image, self.values) is None else "reference"
 
     def extra_repr(self) -> str:
@@ -150,13 +84,13 @@ class _Sparse(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # What was prepared from the values of before would keep them in memory.
-        self._cache = _PreparedCache()
+        self._cache = _cpu.PreparedCache(prepare)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
         check_inputs(x, self.geometry, self.bias, residual, self.act, x.dtype)
-        learned = [t for t in (x, self.values, self.bias, residual) if t is not None]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned):
+        learned = (x, self.values, self.bias, residual)
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in learned):
             y = sparse_conv2d(x, self.values, self.layout, self.geometry, self.bias)
             return finish(y, residual, self.act, y.dtype)
         # Tracers see the op; a tensor of another type (a fake one) has no data to compute with here.
@@ -165,7 +99,10 @@ class _Sparse(nn.Module):
             return sparse_conv2d_fused(
                 x, self.values, self.layout, self.geometry, self.bias, residual, self.act
             )
-        return self._cache.get(self, x).run(x, self.bias, residual, self.act)
+        return self._prepared_for(x).run(x, self.bias, residual, self.act)
+
+    def _prepared_for(self, x: Tensor) -> Runner:
+        return self._cache.get(self.values, self.layout, self.geometry, x, self.kernel)
 
 
 def _pack_layer(

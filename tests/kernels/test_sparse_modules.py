@@ -309,6 +309,17 @@ def test_a_second_call_prepares_nothing_and_what_was_used_last_is_kept(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kernel", ["", "scalar", "dense"])
+def test_a_layout_that_is_loaded_and_does_not_fit_is_refused(kernel: str) -> None:
+    layer, x = sparse_conv("unstructured"), torch.randn(1, 24, 5, 5)
+    layer.kernel = kernel
+    layer(x)
+    layer.load_state_dict(layer.state_dict() | {"layout_1": layer.layout_1.roll(1)})
+    with pytest.raises(ValueError, match="layout: expected"):
+        layer(x)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("change", [lambda layer: layer.to(torch.bfloat16), lambda layer: layer.half()])
 def test_a_change_of_dtype_drops_what_is_prepared_at_once(
     prepared: list[weakref.ref[_cpu.Prepared]], change: Any

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,37 +20,42 @@ from vpns_kernels.ops._cpu.prepared import Prepared
 # Input shapes (and dtypes and thread counts) for which a weight is kept in its kernel's order.
 _KEPT_SHAPES = 8
 
+_Form = TypeVar("_Form")
+# (values, layout, geometry, shape of x, dtype of x, kernel) → the form.
+_Prepare = Callable[[Tensor, Sequence[Tensor], ConvGeometry, Sequence[int], torch.dtype, str], _Form]
 
-class PreparedCache:
+
+class PreparedCache(Generic[_Form]):
     """The forms of one weight; any number of threads may ask. Never copied or saved with its owner.
 
     Args:
+        prepare: makes a form; importable by name, so that an owner can be pickled.
         compares_values: at each call, with a copy. Otherwise a change of them through `.data` goes unnoticed,
             as one of the layout always does: it leaves no trace.
     """
 
-    def __init__(self, compares_values: bool = False) -> None:
-        self._compares_values = compares_values
+    def __init__(self, prepare: _Prepare[_Form], compares_values: bool = False) -> None:
+        self._prepare, self._compares_values = prepare, compares_values
         self._lock = Lock()
-        self._made: _Made | None = None
+        self._made: _Made[_Form] | None = None
 
-    def __deepcopy__(self, memo: dict[int, object]) -> PreparedCache:
-        return PreparedCache(self._compares_values)
+    def __deepcopy__(self, memo: dict[int, object]) -> PreparedCache[_Form]:
+        return PreparedCache(self._prepare, self._compares_values)
 
-    def __reduce__(self) -> tuple[type[PreparedCache], tuple[bool]]:
-        return PreparedCache, (self._compares_values,)
+    def __reduce__(self) -> tuple[type[PreparedCache[Any]], tuple[_Prepare[_Form], bool]]:
+        return PreparedCache, (self._prepare, self._compares_values)
 
     def get(
         self, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry, x: Tensor, kernel: str = ""
-    ) -> Prepared:
+    ) -> _Form:
         """The form that takes x; a new layout is validated first."""
         args = (values, layout, geometry, x.shape, x.dtype, kernel)
         if any(tensor.is_inference() for tensor in (values, *layout)):
             # Made under inference_mode: changes leave no trace, so nothing may be kept.
             validate(values, layout, geometry)
-            return prepared.Prepared(*args)
-        key = (tuple(x.shape), x.dtype, kernel, torch.get_num_threads())
-        stamps = _stamp(values), geometry, *map(_stamp, layout)
+            return self._prepare(*args)
+        key = (x.shape, x.dtype, kernel, torch.get_num_threads())
+        stamps = _stamp(values), values.shape, geometry, *map(_stamp, layout)
         with self._lock:
             made = self._made
             if made is not None and made.is_of(stamps, values):
@@ -59,13 +65,13 @@ class PreparedCache:
                     return found
             else:
                 # Values that training changed still have the layout that was validated.
-                if made is None or made.stamps[1:] != stamps[1:] or made.shape != values.shape:
+                if made is None or made.stamps[1:] != stamps[1:]:
                     validate(values, layout, geometry)
                 storages = tuple(tensor.untyped_storage() for tensor in (values, *layout))
                 copy = values.detach().clone() if self._compares_values else None
-                made = self._made = _Made(stamps, values.shape, storages, copy)
+                made = self._made = _Made(stamps, storages, copy)
         # Outside the lock: other shapes need not wait. Two threads may prepare the same; one is kept.
-        found = prepared.Prepared(*args)
+        found = self._prepare(*args)
         with self._lock:
             found = made.forms.setdefault(key, found)
             made.forms.move_to_end(key)
@@ -75,7 +81,7 @@ class PreparedCache:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Made(Generic[_Form]):
     """Forms, least recently used first, and what they were made from.
 
     Holding on to the storages keeps their addresses from being given to others, so that equal stamps mean
@@ -83,10 +89,9 @@ class _Made:
     """
 
     stamps: tuple[object, ...]
-    shape: torch.Size
     storages: tuple[object, ...]
     copy: Tensor | None
-    forms: OrderedDict[tuple[object, ...], Prepared] = field(default_factory=OrderedDict)
+    forms: OrderedDict[tuple[object, ...], _Form] = field(default_factory=OrderedDict)
 
     def is_of(self, stamps: tuple[object, ...], values: Tensor) -> bool:
         return self.stamps == stamps and (self.copy is None or torch.equal(self.copy, values))
@@ -105,5 +110,7 @@ _CACHES_LOCK = Lock()
 def prepared_for(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry, x: Tensor) -> Prepared:
     """The form of these values that takes x, kept as long as the values live."""
     with _CACHES_LOCK:
-        cache: PreparedCache = _CACHES.setdefault(values, PreparedCache(True))
+        cache: PreparedCache[Prepared] | None = _CACHES.get(values)
+        if cache is None:
+            cache = _CACHES[values] = PreparedCache(prepared.Prepared, compares_values=True)
     return cache.get(values, layout, geometry, x)
