@@ -43,7 +43,7 @@ def make_layer(
     mask = torch.rand(pattern.units_shape(geometry.weight_shape), generator=generator) < 0.3
     mask = pattern.expand(mask, geometry.weight_shape).contiguous()
     is_linear = geometry.kernel_size == (1, 1)
-    bias = torch.randn(geometry.out_channels, generator=generator) if "bias" in name else None
+    bias = torch.randn(geometry.out_channels, generator=generator).to(dtype) if "bias" in name else None
     packed = pack(weight, mask, pattern, geometry, dtype)
     return PlanLayer(name, "linear" if is_linear else "conv2d", packed, bias, "torch" not in name), mask
 
@@ -58,6 +58,8 @@ def make_layers() -> dict[str, tuple[PlanLayer, Tensor]]:
         ("block_grouped", "block:3x2", GROUPED, torch.float64),
         ("block_linear", "block:4x4", LINEAR, torch.float32),
         ("channel_torch", "channel", CONV, torch.float32),
+        ("half_bias", "unstructured", CONV, torch.float16),
+        ("half_block", "block:3x2", GROUPED, torch.float16),
     ]
     return {row[0]: make_layer(*row) for row in rows}
 
@@ -65,7 +67,7 @@ def make_layers() -> dict[str, tuple[PlanLayer, Tensor]]:
 def write_sample(folder: Path, label: str = "old", weights: bool = True, small: bool = False) -> None:
     made = make_layers()
     if small:
-        made = {name: made[name] for name in ("grouped_bias", "block_linear")}
+        made = {name: made[name] for name in ("grouped_bias", "block_linear", "half_bias")}
     dense = {
         name: unpack(m.packed.values, m.packed.layout, m.packed.geometry) for name, (m, _) in made.items()
     }
@@ -283,6 +285,7 @@ def plan_cases() -> dict[str, tuple[int, str, int, str]]:
         "groups": (step + 72, "<I", 3, "groups"),
         "reserved": (step + 76, "<I", 1, "reserved"),
         "dtype": (tensor + 8, "<I", 9, "dtype, rank"),
+        "half indices": (tensor + 64 + 8, "<I", 5, "within the file"),
         "wrong dtype": (tensor + 8, "<I", 1, "within the file"),
         "rank": (tensor + 12, "<I", 5, "dtype, rank"),
         "huge shape": (tensor + 16, "<Q", 2**62, "dtype, rank"),

@@ -16,7 +16,7 @@ Op = Literal["conv2d", "linear"]
 OPS: tuple[Op, ...] = get_args(Op)
 # Of the dense weight's entries: their places are int32.
 LIMIT = 2**31
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int32)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)

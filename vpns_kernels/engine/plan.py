@@ -18,12 +18,12 @@ All numbers are little-endian and unsigned; all sizes are in bytes. The file is,
              32 u32 input channels | 36 output channels | 40 kernel height, 44 width | 48 stride, 2 numbers
              56 padding, 2 | 64 dilation, 2 | 72 groups | 76 u32 0
     tensor:  0 u32 offset in names, 4 u32 size: "<step>.<part>"
-             8 u32 dtype: 1 float32, 2 bfloat16, 3 float64, 4 int32 | 12 u32 rank, at most 4
+             8 u32 dtype: 1 float32, 2 bfloat16, 3 float64, 4 int32, 5 float16 | 12 u32 rank, at most 4
              16 u64 shape, 4 numbers, those beyond the rank 0 | 48 u64 offset in the file | 56 u64 size
 
 A step's tensors are `values`, then by the rank of values (see formats.Packed) 1 or 3: `indptr`, `index`,
 `indptr_t`, `index_t`, `permutation`; 4: `kept_out`, `kept_in`; then `bias` [K] where flagged. Values and
-bias are of dtype 1 to 3, the rest int32. Names follow one another as they are used: name and pattern of
+bias are of floating dtypes, the rest int32. Names follow one another as they are used: name and pattern of
 each step, then each tensor's. So every offset follows from the numbers before it, and a reader refuses a
 file in which one differs, before it follows it; then it checks the layout (formats.validate says how). A
 step that is not native needs torch: a C++ program refuses the plan and names the step. The dense weight of
@@ -51,7 +51,7 @@ from vpns_kernels.patterns import parse_pattern
 _MAGIC, _VERSION = b"VPNSPLAN", 1
 _HEADER, _STEP, _TENSOR = struct.Struct("<8s4I5Q"), struct.Struct("<20I"), struct.Struct("<4I6Q")
 _NATIVE, _HAS_BIAS = 1, 2
-_DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float64, 4: torch.int32}
+_DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float64, 4: torch.int32, 5: torch.float16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _INDEX_PARTS = ("indptr", "index", "indptr_t", "index_t", "permutation")
 _PARTS = {1: _INDEX_PARTS, 3: _INDEX_PARTS, 4: ("kept_out", "kept_in")}
