@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Rooms from the top of the house to the bottom: a room imports its own and those below.
 KERNEL_ROOMS = [
     ("vpns_kernels.engine", "vpns_kernels.measure", "vpns_kernels.testing"),
-    ("vpns_kernels.convert", "vpns_kernels.explain"),
+    ("vpns_kernels.convert", "vpns_kernels.explain", "vpns_kernels.fusing"),
     ("vpns_kernels.channels", "vpns_kernels.modules", "vpns_kernels.sparse_modules"),
     ("vpns_kernels.runners",),
     ("vpns_kernels.choose",),

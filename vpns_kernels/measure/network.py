@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vpns_kernels import native
 from vpns_kernels.convert import sparsify
+from vpns_kernels.fusing import fuse
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.measure.timing import Sample, compare, interleave
 from vpns_kernels.patterns import Block, Pattern
@@ -42,6 +43,7 @@ def bench_network(
     """Time a pruned network and its dense self, interleaved in this process, layer by layer and whole.
 
     Each masked layer runs sparsely where that was faster here, dense otherwise; the row says which and why.
+    As whole networks, sparse and dense ones are fused first (fusing.py).
 
     Args:
         network: plain, in eval mode, zeros where pruned.
@@ -58,21 +60,18 @@ def bench_network(
     dense = {torch.float32: _cast(network, torch.float32), torch.bfloat16: _cast(network, torch.bfloat16)}
     inputs = {dtype: x.to(dtype) for dtype in dense}
     sparse = sparsify(dense[sparse_dtype], masks, pattern, sparse_dtype).eval()
-    for module in sparse.modules():
-        if isinstance(module, SparseConv2d | SparseLinear):
-            # What is compared with dense must not be dense itself.
-            module.kernel = "sparse"
+    _run_sparsely(sparse)
     rows = [
         _bench_layer(layer, dense[torch.float32].get_submodule(layer.name), pattern, rounds)
         for layer in _record(dense[sparse_dtype], sparse, inputs[sparse_dtype])
     ]
-    mixed = copy.deepcopy(dense[sparse_dtype])
-    for row in rows:
-        if row["choice"] == "sparse":
-            _replace(mixed, row["layer"], sparse.get_submodule(row["layer"]))
+    chosen = {row["layer"]: masks[row["layer"]] for row in rows if row["choice"] == "sparse"}
+    # Cast last, so that folded weights are rounded once.
+    mixed = _run_sparsely(_cast(fuse(sparsify(dense[torch.float32], chosen, pattern)), sparse_dtype))
+    fused = fuse(dense[torch.float32])
 
     engines: dict[str, Callable[[], Tensor]] = {
-        f"torch {str(dtype)[6:]}": _call(model, inputs[dtype]) for dtype, model in dense.items()
+        f"torch {str(dtype)[6:]}": _call(_cast(fused, dtype), inputs[dtype]) for dtype in dense
     }
     samples = _race(engines | {"sparse": _call(mixed, inputs[sparse_dtype])}, rounds)
     best = min(engines, key=lambda name: samples[name].median_ms)
@@ -116,6 +115,14 @@ def _sparse_dtype(pattern: Pattern) -> torch.dtype:
     """bfloat16 where tiles multiply it, float32 elsewhere."""
     has_tiles = native.why_not() is None and "amx" in native.library().isa_list()
     return torch.bfloat16 if has_tiles and isinstance(pattern, Block) else torch.float32
+
+
+def _run_sparsely(network: nn.Module) -> nn.Module:
+    for module in network.modules():
+        if isinstance(module, SparseConv2d | SparseLinear):
+            # What is compared with dense must not be dense itself.
+            module.kernel = "sparse"
+    return network
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -188,8 +195,3 @@ def _choose(speedup: float, samples: Mapping[str, Sample], kernel: str, density:
     if spent < 0.1:
         return "dense", f"a layer of {spent * 1000:.0f} µs is bound by the cost of a call, not by its weights"
     return "dense", f"moving activations costs more here than the skipped weights save ({speedup:.2f}x)"
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
