@@ -43,7 +43,7 @@ struct SparseWeights {
   int64_t columns = 0;  // of channel weights
 };
 
-// One call: x [N, H, W, C] with contiguous channels and free other strides, y [N, P, Q, K] dense;
+// One call: x [N, H, W, C] with contiguous channels and free other strides, y [N, P, Q, K];
 // y = act(conv(x) + bias + residual), rounded once.
 struct ConvCall {
   const void* x;
@@ -53,11 +53,18 @@ struct ConvCall {
   DType y_dtype;
   const void* bias;  // [K] in float, or in double where x is double; may be null
   int threads;
-  const void* residual = nullptr;  // [N, P, Q, K] dense, in y's type; may be null
+  const void* residual = nullptr;  // [N, P, Q, K] with y's strides, in y's type; may be null
   Act act = Act::kNone;
   // Where not null: three sums of seconds to which the call adds its own, averaged over its threads: laying out the
   // input, products, finishing and storing the output. Kernels that do not keep count leave them alone.
   double* phases = nullptr;
+  // Of y and residual, in elements; all 0 where they are dense.
+  int64_t y_stride_n = 0, y_stride_h = 0, y_stride_w = 0;
+
+  int64_t y_at(const ConvShape& s, int64_t n, int64_t p, int64_t q) const {
+    if (y_stride_w == 0) return ((n * s.P + p) * s.Q + q) * s.K;
+    return n * y_stride_n + p * y_stride_h + q * y_stride_w;
+  }
 };
 
 }  // namespace vpns

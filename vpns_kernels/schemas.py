@@ -8,6 +8,7 @@ ops/<op>/__init__.py resolve it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "sparse_conv2d_backward(Tensor grad, Tensor x, Tensor values, Tensor[] layout, int[4] weight_shape, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups) -> (Tensor grad_x, Tensor grad_values)"
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, bool[2] wants, str backend) "
+    "-> (Tensor grad_x, Tensor grad_values)"
 )
 LIBRARY.define(
     "batch_norm_act(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? residual, str act, str backend) "
@@ -87,9 +89,11 @@ def _sparse_conv2d_fused(
 
 @torch.library.register_fake("vpns::sparse_conv2d_backward", lib=LIBRARY)
 def _sparse_conv2d_backward(
-    grad: Tensor, x: Tensor, values: Tensor, *geometry: object
+    grad: Tensor, x: Tensor, values: Tensor, layout: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(values)
+    *_, wants, _ = rest
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last) if wants[0] else x.new_empty(0)
+    return grad_x, torch.empty_like(values) if wants[1] else values.new_empty(0)
 
 
 @torch.library.register_fake("vpns::batch_norm_act", lib=LIBRARY)

@@ -51,7 +51,8 @@ def conv_excess(
     # Torch has no kernel whose output has another type: the nearest one takes and gives both.
     peer_x = x.to(torch.promote_types(x.dtype, y.dtype))
     if half_sums:
-        half = F.conv2d(*(a if a is None else a.bfloat16() for a in (x, weight, bias)), *conv).double()
+        half_bias = None if bias is None else bias.bfloat16()
+        half = F.conv2d(x.bfloat16(), weight.bfloat16(), half_bias, *conv).double()
         peer = float(((half - truth).abs() / scale.clamp(min=torch.finfo(torch.float64).tiny)).max())
         relative = 2 * max(peer, torch.finfo(torch.float16).eps / 2)
     else:

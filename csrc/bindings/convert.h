@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "checks.h"
 #include "params.h"
@@ -30,6 +31,30 @@ inline Act activation(const std::string& name) {
   fail("act", "none, relu or relu6", name);
 }
 
+inline ConvShape shape(const std::vector<int64_t>& v) {
+  check(v.size() == 16, "ConvShape", "16 sizes", v.size());
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]};
+}
+
+struct Weights {
+  SparseWeights raw;
+};
+
+// The sizes of values tell the format: [count], [count, bk, bc] or [count, columns, R, S].
+inline Weights weights(uintptr_t values, const std::string& type, uintptr_t indptr, uintptr_t index,
+                const std::vector<int64_t>& sizes) {
+  check(sizes.size() == 1 || sizes.size() == 3 || sizes.size() == 4, "Weights", "values of 1, 3 or 4 dimensions",
+        sizes.size());
+  const Format format = sizes.size() == 1   ? Format::kUnstructured
+                        : sizes.size() == 3 ? Format::kBlock
+                                            : Format::kChannel;
+  const bool is_block = format == Format::kBlock;
+  return {{format, dtype(type), pointer<const void>(values), pointer<const int32_t>(indptr),
+           pointer<const int32_t>(index), sizes[0], is_block ? sizes[1] : 1, is_block ? sizes[2] : 1,
+           format == Format::kChannel ? sizes[1] : 0}};
+}
+
 void bind_batch_norm_act(pybind11::module_& m);
+void bind_gradients(pybind11::module_& m);
 
 }  // namespace vpns

@@ -7,14 +7,14 @@ namespace vpns {
 
 void batch_norm_act(const BatchNormForward& call) {
 #if defined(VPNS_WITH_AVX2)
-  if (isa_usable(Isa::kAvx2)) return batch_norm_act_avx2(call);
+  if (isa_usable(Isa::kAvx2)) return run_batch_norm_act_avx2(call);
 #endif
   fail("batch_norm_act", "a CPU with AVX2", "none, or a cap below it");
 }
 
 void batch_norm_act_backward(const BatchNormBackward& call) {
 #if defined(VPNS_WITH_AVX2)
-  if (isa_usable(Isa::kAvx2)) return batch_norm_act_backward_avx2(call);
+  if (isa_usable(Isa::kAvx2)) return run_batch_norm_act_backward_avx2(call);
 #endif
   fail("batch_norm_act", "a CPU with AVX2", "none, or a cap below it");
 }

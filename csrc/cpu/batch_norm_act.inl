@@ -210,13 +210,13 @@ void run_backward(const BatchNormBackward& call) {
 
 }  // namespace
 
-void batch_norm_act_avx2(const BatchNormForward& call) {
+void run_batch_norm_act_avx2(const BatchNormForward& call) {
   if (call.dtype == DType::kBF16) run_forward<Bf16>(call);
   else if (call.dtype == DType::kF16) run_forward<Fp16>(call);
   else run_forward<float>(call);
 }
 
-void batch_norm_act_backward_avx2(const BatchNormBackward& call) {
+void run_batch_norm_act_backward_avx2(const BatchNormBackward& call) {
   if (call.dtype == DType::kBF16) run_backward<Bf16>(call);
   else if (call.dtype == DType::kF16) run_backward<Fp16>(call);
   else run_backward<float>(call);

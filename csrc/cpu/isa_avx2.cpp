@@ -15,10 +15,12 @@
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_block.h"
 #include "cpu/sparse_conv2d_unstructured.h"
+#include "cpu/weight_gradient.h"
 
 #define VPNS_LANES 8
 #define VPNS_MAX_SEGMENT kMaxSegmentAvx2
 #define VPNS_RUN_UNSTRUCTURED run_unstructured_avx2
+#define VPNS_RUN_BLOCK_GRAD run_block_grad_avx2
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx2
 
 namespace vpns {
@@ -29,6 +31,7 @@ namespace {
 #include "cpu/sparse_conv2d_channels.inl"
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
+#include "cpu/weight_gradient.inl"
 #include "cpu/batch_norm_act.inl"
 }  // namespace
 

@@ -7,15 +7,18 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cpu/phases.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_block.h"
 #include "cpu/sparse_conv2d_unstructured.h"
+#include "cpu/weight_gradient.h"
 
 #define VPNS_LANES 16
 #define VPNS_MAX_SEGMENT kMaxSegmentAvx512
 #define VPNS_RUN_UNSTRUCTURED run_unstructured_avx512
+#define VPNS_RUN_BLOCK_GRAD run_block_grad_avx512
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
 
 namespace vpns {
@@ -26,6 +29,7 @@ namespace {
 #include "cpu/sparse_conv2d_channels.inl"
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
+#include "cpu/weight_gradient.inl"
 }  // namespace
 
 void run_block_avx512(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }

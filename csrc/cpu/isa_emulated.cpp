@@ -8,16 +8,19 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cpu/phases.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_amx.h"
 #include "cpu/sparse_conv2d_block.h"
 #include "cpu/sparse_conv2d_unstructured.h"
+#include "cpu/weight_gradient.h"
 
 #define VPNS_LANES 16
 #define VPNS_MAX_SEGMENT kMaxSegmentAvx512
 #define VPNS_RUN_UNSTRUCTURED run_unstructured_avx512_emulated
+#define VPNS_RUN_BLOCK_GRAD run_block_grad_avx512_emulated
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
 #define VPNS_RUN_AMX run_amx_emulated
 
@@ -29,6 +32,7 @@ namespace {
 #include "cpu/sparse_conv2d_channels.inl"
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
+#include "cpu/weight_gradient.inl"
 #include "cpu/tiles_emulated.inl"
 #include "cpu/sparse_conv2d_amx.inl"
 }  // namespace

@@ -53,6 +53,11 @@ const SparseConvKernel& choose_sparse_conv2d(const std::string& name, const Conv
 std::vector<std::pair<std::string, std::string>> sparse_conv2d_refusals(const ConvShape&, const SparseWeights&,
                                                                         DType x_dtype);
 
+// The input gradient of a layer as something that runs: call.x is dy [N, P, Q, K], call.y is dx [N, H, W, C] dense.
+// `weights` are the forward weights; `kernel` as for choose_sparse_conv2d.
+std::unique_ptr<PreparedConv> prepare_input_gradient(const ConvShape&, const SparseWeights& weights, DType grad_dtype,
+                                                     const std::string& kernel);
+
 // Refuses sizes and indices that would make a kernel read or write outside its tensors.
 void check_sparse_conv2d(const ConvShape&, const SparseWeights&);
 

@@ -90,8 +90,10 @@ void load_tile_planes(const AmxPlan& plan, const ConvCall& call, int64_t n, int6
 }
 
 // Where the 16 rows of a group go: element index of the output pixel, or -1 where there is none.
-void find_targets(const AmxPlan& plan, int64_t n, int64_t p0, int64_t q0, int64_t group, int64_t* target) {
-  const ConvShape& s = plan.shape;
+void find_targets(const AmxPlan& plan, const ConvCall& call, int64_t n, int64_t p0, int64_t q0, int64_t group,
+                  int64_t* target) {
+  ConvShape s = plan.shape;
+  s.K = plan.outputs;  // of y, the pruned ones included
   for (int64_t lane = 0; lane < kTileRows; ++lane) {
     const int64_t tile_q = plan.planes.tile_q;
     const int64_t flat = group * kTileRows + lane;
@@ -99,7 +101,7 @@ void find_targets(const AmxPlan& plan, int64_t n, int64_t p0, int64_t q0, int64_
     const int64_t col = plan.images_in_lanes ? group % tile_q : flat % plan.planes.cols;
     const int64_t p = p0 + row, q = q0 + col, image = plan.images_in_lanes ? n + lane : n;
     const bool wanted = row < plan.planes.tile_p && col < tile_q && p < s.P && q < s.Q;
-    target[lane] = wanted ? (image * s.P + p) * s.Q + q : -1;
+    target[lane] = wanted ? call.y_at(s, image, p, q) : -1;
   }
 }
 
@@ -135,7 +137,7 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
       const int64_t n = first_image + tile / (tiles_q * tiles_p) * lanes;
       load_tile_planes(plan, call, n, p0, q0, x);
       for (int64_t group = 0; group < groups; ++group)
-        find_targets(plan, n, p0, q0, group, target + group * kTileRows);
+        find_targets(plan, call, n, p0, q0, group, target + group * kTileRows);
       clock.ends(kLayout);
       for (int64_t row = block_rows * part / parts; row < block_rows * (part + 1) / parts; ++row) {
         const int64_t first_block = plan.starts[row], blocks = plan.starts[row + 1] - first_block;
@@ -167,7 +169,7 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
             clock.ends(kProducts);
             for (int64_t i = 0; i < (two_rows ? 32 : 16); ++i) {
               if (target[group * kTileRows + i] < 0) continue;
-              const int64_t at = target[group * kTileRows + i] * plan.outputs + span.k0;
+              const int64_t at = target[group * kTileRows + i] + span.k0;
               if (span.span == span.count) finish_outputs(out, at, sums + i * 32, bias, span.count, streams);
               else scatter_outputs(out, at, sums + i * 32, bias, span.span, plan.keeps.data() + span.first_mask);
             }

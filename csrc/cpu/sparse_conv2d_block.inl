@@ -89,7 +89,7 @@ inline StoreSums pick_store(const ConvCall& call) {
 // The output pixels of a task: where each reads and writes.
 struct BlockPixels {
   int64_t* base;    // cells from the base of the planes
-  int64_t* target;  // output pixel
+  int64_t* target;  // its first output channel, elements from the base of y
   int64_t count;
 };
 
@@ -167,7 +167,7 @@ void run_block(const BlockPlan& plan, const ConvCall& call) {
             pixels.base[pixels.count] =
                 in_place ? n * call.x_stride_n + p * s.stride_h * call.x_stride_h + q * s.stride_w * call.x_stride_w
                          : (n - n0) * image_cells + (row * plan.cols + col) * pixel_cells;
-            pixels.target[pixels.count] = (n * s.P + p) * s.Q + q;
+            pixels.target[pixels.count] = call.y_at(s, n, p, q);
           }
       clock.ends(kLayout);
       const void* x = in_place ? call.x : planes_of(task);

@@ -45,7 +45,8 @@ class Planner {
     plan_.h = make_axis(s.R, s.stride_h, s.dilation_h);
     plan_.w = make_axis(s.S, s.stride_w, s.dilation_w);
     plan_.group_cells = std::max<int64_t>(channels + alone, 1);
-    plan_.may_read_in_place = s.R * s.S == 1 && s.pad_h == 0 && s.pad_w == 0 && !alone && s.groups * channels == s.C;
+    plan_.may_read_in_place = s.R * s.S == 1 && s.pad_h == 0 && s.pad_w == 0 && !alone && s.groups * channels == s.C &&
+                              (s.P - 1) * s.stride_h < s.H && (s.Q - 1) * s.stride_w < s.W;
     set_tile();
   }
 

@@ -63,7 +63,7 @@ void store_sums(const BlockPlan& plan, const ConvCall& call, const BlockStrip& s
   const bool streams = s.N * s.P * s.Q * s.K * static_cast<int64_t>(sizeof(Y)) >= kStreamedBytes;
   const float* bias = call.bias ? static_cast<const float*>(call.bias) + strip.k0 : nullptr;
   for (int64_t m = 0; m < pixels; ++m, sums += 2 * kLanes) {
-    const int64_t at = target[m] * s.K + strip.k0;
+    const int64_t at = target[m] + strip.k0;
     if (strip.span == strip.count) finish_outputs(out, at, sums, bias, strip.count, streams);
     else scatter_outputs(out, at, sums, bias, strip.span, plan.keeps.data() + strip.first_mask);
   }

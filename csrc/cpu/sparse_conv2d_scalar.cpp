@@ -99,6 +99,7 @@ class PreparedScalar final : public PreparedConv {
 #pragma omp parallel for num_threads(call.threads) schedule(static)
     for (int64_t pixel = 0; pixel < s.N * s.P * s.Q; ++pixel) {
       const int64_t n = pixel / (s.P * s.Q), p = pixel / s.Q % s.P, q = pixel % s.Q;
+      const int64_t at = call.y_at(s, n, p, q);
       for (int64_t k = 0; k < s.K; ++k) {
         double sum = bias_at(call, k);
         for (int64_t t = starts_[k]; t < starts_[k + 1]; ++t) {
@@ -108,8 +109,8 @@ class PreparedScalar final : public PreparedConv {
           if (h < 0 || h >= s.H || w < 0 || w >= s.W) continue;
           sum += tap.weight * read(x[n * call.x_stride_n + h * call.x_stride_h + w * call.x_stride_w + tap.c]);
         }
-        if (residual != nullptr) sum += read(residual[pixel * s.K + k]);
-        write(y + pixel * s.K + k, activate(sum, call.act));
+        if (residual != nullptr) sum += read(residual[at + k]);
+        write(y + at + k, activate(sum, call.act));
       }
     }
   }

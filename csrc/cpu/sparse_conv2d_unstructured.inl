@@ -145,7 +145,7 @@ void store_segment(const UnstructuredPlan& plan, const ConvCall& call, const Til
         const int64_t p = lane / lanes.patches_w % lanes.patches_h * lanes.patch_p + segment.p + row;
         const int64_t q = lane % lanes.patches_w * lanes.patch_q + segment.q + col;
         const int64_t n = tile.first_image + lane / lanes.patches_w / lanes.patches_h;
-        target[lane] = n < tile.end_image && p < s.P && q < s.Q ? ((n * s.P + p) * s.Q + q) * s.K + k0 : -1;
+        target[lane] = n < tile.end_image && p < s.P && q < s.Q ? call.y_at(s, n, p, q) + k0 : -1;
       }
       for (int lane = 0; lane < kWide; lane += kLanes)
         scatter_lanes(sums + (row * segment.cols + col) * kWide + lane, segment.floats(), count, out, target + lane);

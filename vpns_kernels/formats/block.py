@@ -46,6 +46,13 @@ def unpack(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> 
     return dense.reshape(found.rows * values.shape[1], -1, R, S)[:K, :C]
 
 
+def pick(dense: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> Tensor:
+    """[count, bk, bc] entries of a dense tensor, in the order of the values."""
+    bk, bc = values.shape[1:]
+    found = sizes(geometry, bk, bc)
+    return _as_blocks(dense, found, bk, bc).flatten(0, 2)[places(layout, found)]
+
+
 def places(layout: Sequence[Tensor], found: LayoutSizes) -> Tensor:
     """Flat place of each block among all blocks, int64 [count]."""
     rows = torch.repeat_interleave(torch.arange(found.rows), layout[0].long().diff())

@@ -32,6 +32,12 @@ def unpack(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> 
     return values.new_zeros(geometry.weight_shape).index_put((rows[:, None], columns[None, :]), values)
 
 
+def pick(dense: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> Tensor:
+    """[kept K, kept C, R, S] entries of a dense tensor."""
+    rows, columns = (kept.long() for kept in layout)
+    return dense[rows][:, columns]
+
+
 def validate(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> None:
     """ValueError where the arrays do not describe a weight of this geometry."""
     K, C, R, S = geometry.weight_shape

@@ -65,6 +65,12 @@ def unpack(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> 
     return dense
 
 
+def pick(dense: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> Tensor:
+    """What stands in a dense tensor [K, C / groups, R, S] where the values stand, in their shape."""
+    picked: Tensor = _format(values).pick(dense, values, layout, geometry)
+    return picked
+
+
 def validate(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> None:
     """Refuse arrays that do not describe a weight of this geometry, before any kernel sees them.
 

@@ -30,6 +30,11 @@ def unpack(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> 
     return values.new_zeros(K * C * R * S).index_put((places(layout, geometry),), values).view(K, C, R, S)
 
 
+def pick(dense: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> Tensor:
+    """[count] entries of a dense tensor, in the order of the values."""
+    return dense.contiguous().view(-1)[places(layout, geometry)]
+
+
 def places(layout: Sequence[Tensor], geometry: ConvGeometry) -> Tensor:
     """Flat place of each value in the dense weight, int64 [count]."""
     K, C, R, S = geometry.weight_shape

@@ -1,6 +1,15 @@
 """What the cpu backends share: a packed weight in the order of the native kernel that runs it."""
 
 from vpns_kernels.ops._cpu.cache import PreparedCache, prepared_for
+from vpns_kernels.ops._cpu.gradients import input_gradient, weight_gradient, why_no_weight_gradient
 from vpns_kernels.ops._cpu.prepared import Prepared, why_not
 
-__all__ = ["Prepared", "PreparedCache", "prepared_for", "why_not"]
+__all__ = [
+    "Prepared",
+    "PreparedCache",
+    "input_gradient",
+    "prepared_for",
+    "weight_gradient",
+    "why_no_weight_gradient",
+    "why_not",
+]

@@ -82,7 +82,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
-        raise NotImplementedError("batch_norm_act: expected a first derivative, got create_graph=True")
+        raise NotImplementedError("batch_norm_act: expected a first derivative, got a request for the second")
     x, weight, y, mean, variance = ctx.saved_tensors
     eps, act, has_residual, backend = ctx.settings
     grad_x, grad_weight, grad_bias, grad_residual = call("batch_norm_act_backward")(

@@ -16,7 +16,14 @@ from vpns_kernels.ops.sparse_conv2d import compact, cpu, reference
 __all__ = ["sparse_conv2d"]
 
 _OP = register_op("sparse_conv2d", {"cpu": cpu, "compact": compact, "reference": reference})
-schemas.LIBRARY.impl("sparse_conv2d_backward", reference.run_backward, "CompositeExplicitAutograd")
+
+
+def _dispatch_backward(*args: Any) -> Any:
+    *inputs, backend = args
+    return _OP.module(backend).run_backward(*inputs)
+
+
+schemas.LIBRARY.impl("sparse_conv2d_backward", _dispatch_backward, "CompositeExplicitAutograd")
 
 
 def sparse_conv2d(
@@ -56,19 +63,22 @@ def sparse_conv2d(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, layout, bias, *geometry, _ = inputs
+    x, values, layout, bias, *geometry, backend = inputs
     ctx.save_for_backward(x, values, *layout)
-    ctx.geometry = geometry
+    ctx.geometry, ctx.backend = geometry, backend
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    if grad.requires_grad:
+    if torch.is_grad_enabled():
         raise NotImplementedError("sparse_conv2d: expected a first derivative, got a request for the second")
     x, values, *layout = ctx.saved_tensors
     grad_x = grad_values = grad_bias = None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        grad_x, grad_values = call("sparse_conv2d_backward")(grad, x, values, layout, *ctx.geometry)
+    wants = [bool(wanted) for wanted in ctx.needs_input_grad[:2]]
+    if any(wants):
+        args = (grad, x, values, layout, *ctx.geometry, wants, ctx.backend)
+        found_x, found_values = call("sparse_conv2d_backward")(*args)
+        grad_x, grad_values = found_x if wants[0] else None, found_values if wants[1] else None
     if ctx.needs_input_grad[3]:
         grad_bias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
     return grad_x, grad_values, [None] * len(layout), grad_bias, *(None,) * 6

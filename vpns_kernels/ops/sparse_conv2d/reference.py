@@ -43,14 +43,20 @@ def run_backward(
     padding: Pair,
     dilation: Pair,
     groups: int,
+    wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the kept values only; dense on every backend so far."""
+    """Gradients of x and of the kept values, each empty where it is not wanted."""
     with torch.enable_grad():
         leaf_x, leaf_values = x.detach().requires_grad_(), values.detach().requires_grad_()
         weight = _dense(leaf_values, layout, weight_shape, groups).to(x.dtype)
         y = F.conv2d(leaf_x, weight, None, stride, padding, dilation, groups)
-    grad_x, grad_values = torch.autograd.grad(y, (leaf_x, leaf_values), grad)
-    return grad_x.contiguous(memory_format=torch.channels_last), grad_values
+    grad_x, grad_values = x.new_empty(0), values.new_empty(0)
+    if wants[0]:
+        (found,) = torch.autograd.grad(y, leaf_x, grad, retain_graph=True)
+        grad_x = found.contiguous(memory_format=torch.channels_last)
+    if wants[1]:
+        (grad_values,) = torch.autograd.grad(y, leaf_values, grad)
+    return grad_x, grad_values
 
 
 def _dense(values: Tensor, layout: Sequence[Tensor], weight_shape: Sequence[int], groups: int) -> Tensor:

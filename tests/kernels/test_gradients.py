@@ -1,0 +1,186 @@
+"""Gradients of packed convolutions are those of float64, and the same bits each time."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vpns_kernels import ConvGeometry, Packed, native, pack, parse_pattern, sparse_conv2d, unpack
+from vpns_kernels.patterns import Channel
+from vpns_kernels.testing import poisoned_memory
+
+PATTERNS = ("unstructured", "block:16x16", "block:32x32", "block:8x4", "channel")
+_PAIRS = list(
+    itertools.product(
+        ((1, 1), (3, 3), (2, 3), (7, 7)),
+        ((1, 1), (2, 2), (3, 2), (2, 1)),
+        ((0, 0), (1, 1), (2, 3)),
+        ((1, 1), (2, 2), (1, 3)),
+    )
+)
+GEOMETRIES = [ConvGeometry(37, 29, *sizes) for sizes in random.Random(0).sample(_PAIRS, 30)]
+GEOMETRIES += [ConvGeometry(32, 64, (3, 3), (2, 2), (1, 1), groups=2), ConvGeometry(96, 33, (1, 1), (2, 2))]
+ROUNDOFF = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-14}
+
+
+def make(geometry: ConvGeometry, spec: str, dtype: torch.dtype, density: float = 0.3) -> Packed:
+    pattern, generator = parse_pattern(spec), torch.Generator().manual_seed(1)
+    weight = torch.randn(geometry.weight_shape, generator=generator).to(dtype)
+    if isinstance(pattern, Channel):
+        kept = [torch.rand(size, generator=generator) < 0.6 for size in weight.shape[:2]]
+        mask = (kept[0][:, None] & kept[1])[..., None, None].expand_as(weight).contiguous()
+    else:
+        units = torch.rand(pattern.units_shape(geometry.weight_shape), generator=generator) < density
+        mask = pattern.expand(units, geometry.weight_shape).contiguous()
+    return pack(weight, mask, pattern, geometry)
+
+
+def inputs(geometry: ConvGeometry, images: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An input that the filter fits into, and a gradient of the output."""
+    size = [max(13, (k - 1) * d + 2) for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(images, geometry.in_channels, *size, generator=generator).to(dtype)
+    grad_shape = (images, geometry.out_channels, *geometry.output_size(*size))
+    return x, torch.randn(grad_shape, generator=generator).to(dtype)
+
+
+def gradients(packed: Packed, x: Tensor, grad: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    x, values = x.detach().requires_grad_(), packed.values.detach().requires_grad_()
+    y = sparse_conv2d(x, values, packed.layout, packed.geometry, backend=backend)
+    grad_x, grad_values = torch.autograd.grad(y, (x, values), grad)
+    return grad_x, grad_values
+
+
+def assert_within_the_bound(packed: Packed, x: Tensor, grad: Tensor, found: tuple[Tensor, Tensor]) -> None:
+    """Against float64, by the size of the sums: |error| / Σ|terms| of a few units of roundoff."""
+    g = packed.geometry
+    wide = Packed(packed.values.double(), packed.layout, packed.pattern, g)
+    truth = gradients(wide, x.double(), grad.double(), "reference")
+    scale_of = Packed(wide.values.abs(), packed.layout, packed.pattern, g)
+    scale = gradients(scale_of, x.double().abs(), grad.double().abs(), "reference")
+    limit = ROUNDOFF[x.dtype]
+    for ours, theirs, size in zip(found, truth, scale, strict=True):
+        error = (ours.double() - theirs).abs()
+        # Both the sums' own rounding and the one rounding of the result.
+        assert bool((error <= limit * (size + theirs.abs()) + 1e-30).all())
+
+
+def runnable(geometry: ConvGeometry, spec: str) -> bool:
+    return geometry.groups == 1 or spec != "channel"
+
+
+@pytest.mark.parametrize("spec", PATTERNS)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_native_gradients_are_those_of_float64(geometry: ConvGeometry, spec: str) -> None:
+    if not runnable(geometry, spec):
+        with pytest.raises(NotImplementedError, match="expected"):
+            make(geometry, spec, torch.float32)
+        return
+    for images, dtype in ((3, torch.float32), (17, torch.bfloat16), (1, torch.float64), (2, torch.float16)):
+        packed, (x, grad) = make(geometry, spec, dtype), inputs(geometry, images, dtype)
+        backend = "compact" if spec == "channel" and dtype == torch.float64 else "cpu"
+        with poisoned_memory():
+            found = gradients(packed, x, grad, backend)
+        assert found[0].is_contiguous(memory_format=torch.channels_last)
+        assert_within_the_bound(packed, x, grad, found)
+
+
+@pytest.mark.parametrize("spec", ["unstructured", "block:4x2", "channel"])
+@pytest.mark.parametrize("geometry", GEOMETRIES[:30:3], ids=str)
+def test_gradcheck_in_double_precision(geometry: ConvGeometry, spec: str) -> None:
+    g = ConvGeometry(5, 4, geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
+    packed = make(g, spec, torch.float64, 0.4)
+    x, _ = inputs(g, 1, torch.float64)
+    x = x[..., : max(4, (g.kernel_size[1] - 1) * g.dilation[1] + 1)]
+    backend = "compact" if spec == "channel" else "cpu"
+    assert torch.autograd.gradcheck(
+        lambda x, values: sparse_conv2d(x, values, packed.layout, g, backend=backend),
+        (x.requires_grad_(), packed.values.requires_grad_()),
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("spec", PATTERNS)
+@pytest.mark.parametrize("isa", native.library().isa_list())
+def test_every_instruction_set_computes_them(spec: str, isa: str) -> None:
+    geometry = ConvGeometry(48, 40, (3, 3), (2, 1), (1, 1))
+    packed, (x, grad) = make(geometry, spec, torch.float32), inputs(geometry, 18, torch.float32)
+    native.library().isa_cap(isa)
+    try:
+        assert_within_the_bound(packed, x, grad, gradients(packed, x, grad, "cpu"))
+    finally:
+        native.library().isa_cap("")
+
+
+@pytest.mark.parametrize("spec", PATTERNS)
+def test_the_same_bits_each_time_and_for_any_thread_count(spec: str) -> None:
+    geometry = ConvGeometry(64, 48, (3, 3), (1, 1), (1, 1))
+    packed, (x, grad) = make(geometry, spec, torch.float32), inputs(geometry, 5, torch.float32)
+    wants = [True, spec.startswith("block")]  # other values' gradients are torch's own
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = gradients(packed, x, grad, "cpu")
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for _ in range(34):
+                again = gradients(packed, x, grad, "cpu")
+                assert all(torch.equal(a, b) for a, b, w in zip(first, again, wants, strict=True) if w)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_scores_of_blocks_are_the_weighted_sums_of_their_gradients() -> None:
+    geometry = ConvGeometry(37, 29, (3, 3), (2, 2), (1, 1))
+    packed, (x, grad) = make(geometry, "block:16x16", torch.float32, 1.0), inputs(geometry, 5, torch.float32)
+    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+    library, (N, C, H, W), (_, K, P, Q) = native.library(), x.shape, grad.shape
+    indptr, index = (array.data_ptr() for array in packed.layout[:2])
+    weights = library.Weights(packed.values.data_ptr(), "float32", indptr, index, list(packed.values.shape))
+    sizes = [N, C, H, W, K, 3, 3, P, Q, 2, 2, 1, 1, 1, 1, 1]
+    handle = library.sparse_conv2d_prepare_weight_gradient(sizes, weights)
+    found = []
+    for threads in (1, 2):
+        scores = torch.full((packed.values.shape[0],), float("nan"))
+        handle.run(
+            x.data_ptr(), "float32", H * W * C, W * C, C, grad.data_ptr(), packed.values.data_ptr(),
+            scores.data_ptr(), threads,
+        )  # fmt: skip
+        found.append(scores)
+    weight = unpack(packed.values, packed.layout, geometry).double().requires_grad_()
+    y = F.conv2d(x.double(), weight, None, 2, 1)
+    (dense,) = torch.autograd.grad(y, weight, grad.double())
+    truth = parse_pattern("block:16x16").reduce_sum(weight.detach() * dense)
+    kept = packed.layout[1].long()
+    rows = torch.repeat_interleave(torch.arange(2), packed.layout[0].long().diff())
+    expected = truth.reshape(2, -1)[rows, kept]
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(found[0], found[1])
+
+
+def test_only_what_is_wanted_is_computed() -> None:
+    geometry = ConvGeometry(32, 32, (3, 3), padding=(1, 1))
+    packed, (x, grad) = make(geometry, "block:16x16", torch.float32), inputs(geometry, 2, torch.float32)
+    args: tuple[Any, ...] = (grad, x, packed.values, list(packed.layout), geometry.weight_shape)
+    args += (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    backward = torch.ops.vpns.sparse_conv2d_backward
+    assert [t.numel() > 0 for t in backward(*args, [True, False], "cpu")] == [True, False]
+    assert [t.numel() > 0 for t in backward(*args, [False, True], "cpu")] == [False, True]
+
+
+@pytest.mark.parametrize("spec", PATTERNS)
+def test_a_nan_reaches_only_what_it_is_connected_with(spec: str) -> None:
+    geometry = ConvGeometry(32, 32, (1, 1))
+    packed, (x, grad) = make(geometry, spec, torch.float32), inputs(geometry, 2, torch.float32)
+    grad[1, 3, 2, 2] = float("nan")
+    grad_x, _ = gradients(packed, x, grad, "cpu")
+    assert not bool(grad_x[0].isnan().any())
+    assert not bool(grad_x[1, :, 3:].isnan().any())
+    kept = unpack(packed.values, packed.layout, geometry)[3, :, 0, 0] != 0
+    assert bool(grad_x[1, kept, 2, 2].isnan().all())
