@@ -120,9 +120,22 @@ def sparsify(
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """A copy with torch's own layers again, zeros in place, equal to the last bit."""
+    """A copy with torch's own layers again, zeros in place, equal to the last bit.
+
+    Raises:
+        ValueError: a layer that also adds a residual or activates, which torch's own do not.
+    """
     dense = copy.deepcopy(model)
     layers = {n: m for n, m in dense.named_modules() if isinstance(m, SparseConv2d | SparseLinear)}
+    fused = {name for name, layer in layers.items() if layer.act != "none"}
+    if isinstance(dense, fx.GraphModule):
+        calls = [node for node in dense.graph.nodes if str(node.target) in layers]
+        fused |= {str(node.target) for node in calls if len(node.all_input_nodes) > 1}
+    if fused:
+        raise ValueError(
+            f"densify: expected layers as sparsify makes them, got residual or activation in {sorted(fused)} "
+            "(densify the network before it is fused)"
+        )
     for name, layer in layers.items():
         dense = _replace(dense, name, layer.to_dense())
     return dense

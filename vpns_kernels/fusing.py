@@ -42,6 +42,13 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a module in training mode, whose batch norm would not be what is folded.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        >>> from vpns_kernels.convert import sparsify
+        >>> kept = torch.ones(4, 3, 1, 1, dtype=torch.bool)
+        >>> print(*fuse(sparsify(network, {"0": kept})).children())
+        SparseConv2d([4, 3, 1, 1], unstructured, density=1.000, stride=(1, 1), act=relu)
     """
     if training := [name for name, module in model.named_modules() if module.training]:
         raise ValueError(f"fuse: expected evaluation mode, got training at {training[0]!r} (call .eval())")

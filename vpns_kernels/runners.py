@@ -85,7 +85,7 @@ class _Dense:
         else:
             g = self._geometry
             y = F.conv2d(x, self._weight, bias, g.stride, g.padding, g.dilation, g.groups)
-        return finish(y, residual, act, x.dtype)
+        return finish(y, residual, act, x.dtype, in_place=True)
 
 
 class _Compact:

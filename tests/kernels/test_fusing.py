@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from tests.kernels.networks import ALL, build, images
 from vpns.models import MODELS
 from vpns_kernels import parse_pattern
-from vpns_kernels.convert import freeze, mask_layers, mask_modules, sparsify, weight_masks
+from vpns_kernels.convert import densify, freeze, mask_layers, mask_modules, sparsify, weight_masks
 from vpns_kernels.fusing import fuse
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
 
@@ -250,6 +250,16 @@ def test_a_layer_that_is_watched_is_left_and_its_hook_still_called() -> None:
     torch.testing.assert_close(fused(x), sparse(x))
     assert len(seen) == 2
     assert count_left(fused)[0] == 1
+
+
+def test_a_fused_network_is_not_made_dense() -> None:
+    sparse = sparse_network(with_statistics(Inverted(8, 8, 1)))
+    for network in (sparse, nn.Sequential(sparse.conv[6], nn.ReLU()).eval()):
+        with pytest.raises(
+            ValueError, match=r"densify: expected layers as sparsify makes them, got residual or act"
+        ):
+            densify(fuse(network))
+    assert isinstance(densify(sparse), Inverted)
 
 
 def test_a_network_in_training_mode_is_refused() -> None:
