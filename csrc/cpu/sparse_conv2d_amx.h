@@ -4,6 +4,7 @@
 // them, else nothing (then 16 neighbouring pixels stand in). Sixteen rows at a constant distance are one A tile; a kept
 // block's weights, in pairs of input channels, are B tiles. 32 rows × 32 output channels of sums stay in four tile
 // registers while all kept blocks of those channels stream past; sums are float32 and are rounded once, at the store.
+// Groups of blocks have sums of their own, which are added up in memory: one running sum would lose too much.
 // Channel weights are blocks that are all kept, of the kept channels alone.
 #pragma once
 
@@ -17,6 +18,9 @@
 namespace vpns {
 
 constexpr int kTileRows = 16;
+
+// Products that one running sum may take.
+constexpr int64_t kAmxSumTerms = 1024;
 
 struct AmxPlan {
   ConvShape shape;  // of the blocks: of channel weights, C and K are the kept ones

@@ -57,6 +57,11 @@ void multiply_tiles(const AmxTile& t) {
   if (kTwoRows && kTwoColumns) _tile_stored(3, t.sums + 16 * 32 + 16, 128);
 }
 
+void multiply_some(const AmxTile& t, bool two_rows, bool two_columns) {
+  if (two_rows) two_columns ? multiply_tiles<true, true>(t) : multiply_tiles<true, false>(t);
+  else two_columns ? multiply_tiles<false, true>(t) : multiply_tiles<false, false>(t);
+}
+
 void copy_pixel(const uint16_t* from, int64_t count, int64_t padded, uint16_t* to) {
   if (from != nullptr) std::memcpy(to, from, count * 2);
   else count = 0;
@@ -127,7 +132,8 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
     float* memory = thread_scratch((plane_elements + 16 * pixel_elements) / 2 + groups * kTileRows * 2 + 16);
     int64_t* target = reinterpret_cast<int64_t*>(memory);
     uint16_t* x = reinterpret_cast<uint16_t*>(memory + groups * kTileRows * 2);
-    alignas(64) float sums[32 * 32];
+    alignas(64) float sums[2][32 * 32];
+    const int64_t group_blocks = std::max<int64_t>(kAmxSumTerms / plan.bc, 1);
     configure_tiles(plan.step);
     PhaseClock clock(call);
 #pragma omp for schedule(dynamic, 1) nowait
@@ -154,24 +160,31 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
               return x + pixel * pixel_elements;
             };
             const bool two_rows = group + 1 < groups;
-            const AmxTile product{{base(group), two_rows ? base(group + 1) : nullptr},
-                                  pixel_elements * 2,
-                                  plan.offsets.data() + first_block,
-                                  plan.weights.data() + first_block * block_elements + k * plan.bc,
-                                  blocks,
-                                  block_elements,
-                                  column_elements,
-                                  plan.bc / plan.step,
-                                  plan.step,
-                                  sums};
-            if (two_rows) span.count > 16 ? multiply_tiles<true, true>(product) : multiply_tiles<true, false>(product);
-            else span.count > 16 ? multiply_tiles<false, true>(product) : multiply_tiles<false, false>(product);
+            AmxTile product{{base(group), two_rows ? base(group + 1) : nullptr},
+                            pixel_elements * 2,
+                            plan.offsets.data() + first_block,
+                            plan.weights.data() + first_block * block_elements + k * plan.bc,
+                            std::min(blocks, group_blocks),
+                            block_elements,
+                            column_elements,
+                            plan.bc / plan.step,
+                            plan.step,
+                            sums[0]};
+            multiply_some(product, two_rows, span.count > 16);
+            for (int64_t done = group_blocks; done < blocks; done += group_blocks) {
+              product.offsets += group_blocks;
+              product.weights += group_blocks * block_elements;
+              product.blocks = std::min(blocks - done, group_blocks);
+              product.sums = sums[1];
+              multiply_some(product, two_rows, span.count > 16);
+              for (int64_t i = 0; i < (two_rows ? 32 : 16) * 32; ++i) sums[0][i] += sums[1][i];
+            }
             clock.ends(kProducts);
             for (int64_t i = 0; i < (two_rows ? 32 : 16); ++i) {
               if (target[group * kTileRows + i] < 0) continue;
               const int64_t at = target[group * kTileRows + i] + span.k0;
-              if (span.span == span.count) finish_outputs(out, at, sums + i * 32, bias, span.count, streams);
-              else scatter_outputs(out, at, sums + i * 32, bias, span.span, plan.keeps.data() + span.first_mask);
+              if (span.span == span.count) finish_outputs(out, at, sums[0] + i * 32, bias, span.count, streams);
+              else scatter_outputs(out, at, sums[0] + i * 32, bias, span.span, plan.keeps.data() + span.first_mask);
             }
             clock.ends(kStores);
           }

@@ -1,10 +1,17 @@
 // Convolution with blocks of kept weights on vectors of output channels: what is prepared, and how it is run.
 //
 // A tile of the input is laid out as planes [row][column][channel], padded with zeros, so that every filter tap is one
-// offset and needs no border cases. The sums of a few output pixels × up to two vectors of output channels (a strip)
-// stay in registers while all kept weights of those channels stream past: a matrix product whose inner dimension is only
-// what was kept. Its unit is a 32-bit word: one channel in float32, a pair of channels in bf16. Kept weights that read
-// neighbouring words are one run. A 1×1 layer without padding reads the input where it is.
+// offset and needs no border cases. What is left is a matrix product whose inner dimension is only what was kept. Its
+// unit is a 32-bit word: one channel in float32, a pair of channels in bf16. Kept weights that read neighbouring words
+// are one run. A 1×1 layer without padding reads the input where it is.
+//
+// Outputs are made by strips of up to two vectors of output channels. Where both keep the same inputs, the sums of a
+// few output pixels stay in registers while all kept weights of those channels stream past. For one vector that would
+// leave too little work between two runs: there up to a vector of words of weights stays in registers while many
+// output pixels stream past, and the two vectors of a strip have only their stores in common.
+//
+// One running float32 sum over a thousand weights would be far less exact than torch's dense kernel: groups of runs
+// have sums of their own, which are added up in memory.
 //
 // Channel weights are the same loop with everything kept: input channels are gathered when the planes are laid out,
 // sums scattered among the pruned outputs when they are stored.
@@ -35,10 +42,19 @@ struct BlockRun {
   int64_t words;
 };
 
-// The outputs whose sums are made together: at most two vectors.
+// Runs that share their sums.
+struct BlockGroup {
+  int64_t first_run;
+  int64_t runs = 0;
+  int64_t words = 0;
+  int64_t weights;     // index of its first word of weights
+  int64_t vector = 0;  // where its sums belong: of a strip that is not wide, 0 or 1
+};
+
+// The outputs that are stored together: at most two vectors.
 struct BlockStrip : OutputSpan {
-  int64_t first_run = 0, runs = 0;
-  int64_t weights = 0;  // index of its first word of weights
+  bool wide;  // a group has sums in both vectors, else in one
+  int64_t first_group = 0, groups = 0;
 };
 
 struct BlockPlan {
@@ -52,8 +68,9 @@ struct BlockPlan {
   std::vector<uint16_t> gather;  // kept input channels; empty where all are
   std::vector<uint16_t> keeps;   // kept output channels of the strips
   std::vector<BlockStrip> strips;
+  std::vector<BlockGroup> groups;
   std::vector<BlockRun> runs;
-  std::vector<uint32_t> weights; // by strip [words][vectors][lanes]
+  std::vector<uint32_t> weights; // by group [words][vectors][lanes]
   std::vector<int64_t> cost;     // of all strips before each, and of all: for equal parts
 };
 
@@ -74,6 +91,10 @@ void run_block_avx512_bf16_emulated(const BlockPlan&, const ConvCall&);
 // Output pixels whose sums fit the registers beside two vectors of weights.
 constexpr int kBlockPixelsAvx2 = 6;
 constexpr int kBlockPixelsAvx512 = 12;
+
+// Words of weights that one running sum may take: adding up costs about 2 % of the products.
+constexpr int64_t kWideGroupWords = 96;
+constexpr int64_t kGroupWords = 192;
 
 // The planes of a task stay within this many bytes, so that they are read from the second-level cache.
 constexpr int64_t kBlockPlaneBytes = 256 * 1024;

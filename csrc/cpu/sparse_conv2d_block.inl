@@ -2,6 +2,8 @@
 // sparse_conv2d_block_rows.inl. Needs VPNS_LANES and VPNS_BLOCK_PIXELS.
 
 constexpr int kBlockPixels = VPNS_BLOCK_PIXELS;
+// In strips of one vector: pixels whose sums are in registers at a time, and pixels for which weights stay there.
+constexpr int64_t kBlockAbreast = 4, kBlockStream = 64;
 
 // sum + x · w for one word of the input and a word of weights in each lane.
 inline Vec multiply_add(float, uint32_t x, Vec w, Vec sum) { return sum + broadcast(__builtin_bit_cast(float, x)) * w; }
@@ -18,6 +20,7 @@ inline Vec multiply_add(Bf16, uint32_t x, Vec w, Vec sum) {
 }
 #endif
 
+// Some output pixels × a group of runs.
 struct BlockTile {
   const void* x;         // base of the planes
   const int64_t* pixel;  // by output pixel, cells from the base
@@ -25,11 +28,13 @@ struct BlockTile {
   int64_t run_count;
   const uint32_t* weights;
   float* sums;  // [pixels][2 * kLanes]
+  bool adds;    // to the sums of the groups before
 };
 
-// sums[m][k] = Σ_words x[m][word] · w[word][k] for kPixels pixels and kVectors vectors of output channels.
-template <typename Cell, int kPixels, int kVectors>
+// sums[m][k] = (or +=) Σ_words x[m][word] · w[word][k] for kPixels pixels and two vectors of output channels.
+template <typename Cell, int kPixels>
 void multiply_runs(const BlockTile& tile) {
+  constexpr int kVectors = 2;
   constexpr int64_t kCells = 4 / sizeof(Cell);
   Vec sum[kPixels][kVectors] = {};
   const float* weights = reinterpret_cast<const float*>(tile.weights);
@@ -52,22 +57,86 @@ void multiply_runs(const BlockTile& tile) {
       }
     }
   }
+  if (tile.adds) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kPixels; ++m)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[m][v] += load(tile.sums + m * 2 * kLanes + v * kLanes);
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < kPixels; ++m)
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) store(tile.sums + m * 2 * kLanes + v * kLanes, sum[m][v]);
 }
 
-using MultiplyRuns = void (*)(const BlockTile&);
+// sums[m][k] += Σ_words x[m][word] · w[word][k] for kWords neighbouring words, kPixels pixels from `pixel` on, and one
+// vector of output channels.
+template <typename Cell, int kWords, int kPixels>
+inline void multiply_pixels(const BlockTile& tile, int64_t pixel, const Cell* base, const Vec (&w)[kWords]) {
+  constexpr int64_t kCells = 4 / sizeof(Cell);
+  float* const sums = tile.sums + pixel * 2 * kLanes;
+  const Cell* x[kPixels];
+  Vec sum[kPixels];
+#pragma GCC unroll 16
+  for (int m = 0; m < kPixels; ++m) {
+    x[m] = base + tile.pixel[pixel + m];
+    sum[m] = load(sums + m * 2 * kLanes);
+  }
+#pragma GCC unroll 16
+  for (int word = 0; word < kWords; ++word)
+#pragma GCC unroll 16
+    for (int m = 0; m < kPixels; ++m) {
+      uint32_t both;
+      std::memcpy(&both, x[m] + word * kCells, sizeof both);
+      sum[m] = multiply_add(Cell{}, both, w[word], sum[m]);
+    }
+#pragma GCC unroll 16
+  for (int m = 0; m < kPixels; ++m) store(sums + m * 2 * kLanes, sum[m]);
+}
 
-template <typename Cell, int kVectors, int... kPixels>
-constexpr std::array<MultiplyRuns, sizeof...(kPixels)> run_table(std::integer_sequence<int, kPixels...>) {
-  return {multiply_runs<Cell, kPixels + 1, kVectors>...};
+// The same for any number of pixels, as many at a time as hide the latency of the additions.
+template <typename Cell, int kWords>
+void multiply_words(const BlockTile& tile, int64_t pixels, int64_t offset, const uint32_t* weights) {
+  Vec w[kWords];
+#pragma GCC unroll 16
+  for (int word = 0; word < kWords; ++word) w[word] = load(reinterpret_cast<const float*>(weights) + word * kLanes);
+  const Cell* const base = static_cast<const Cell*>(tile.x) + offset;
+  int64_t pixel = 0;
+  for (; pixel + kLanes / 2 <= pixels; pixel += kLanes / 2)
+    multiply_pixels<Cell, kWords, kLanes / 2>(tile, pixel, base, w);
+  for (; pixel < pixels; pixel += kBlockAbreast) multiply_pixels<Cell, kWords, kBlockAbreast>(tile, pixel, base, w);
+}
+
+template <typename Cell, int... kPixels>
+constexpr auto runs_table(std::integer_sequence<int, kPixels...>) {
+  return std::array{multiply_runs<Cell, kPixels + 1>...};
+}
+template <typename Cell, int... kWords>
+constexpr auto words_table(std::integer_sequence<int, kWords...>) {
+  return std::array{multiply_words<Cell, kWords + 1>...};
 }
 template <typename Cell>
-constexpr auto kMultiplyOne = run_table<Cell, 1>(std::make_integer_sequence<int, kBlockPixels>{});
+constexpr auto kMultiplyRuns = runs_table<Cell>(std::make_integer_sequence<int, kBlockPixels>{});
 template <typename Cell>
-constexpr auto kMultiplyTwo = run_table<Cell, 2>(std::make_integer_sequence<int, kBlockPixels>{});
+constexpr auto kMultiplyWords = words_table<Cell>(std::make_integer_sequence<int, kLanes>{});
+
+// One vector of output channels of a group, for whole sets of pixels.
+template <typename Cell>
+void multiply_group(BlockTile tile, int64_t pixels) {
+  alignas(64) float own[kBlockStream * 2 * kLanes];
+  float* const sums = tile.sums;
+  if (tile.adds) tile.sums = own;
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) store(tile.sums + pixel * 2 * kLanes, Vec{});
+  const uint32_t* weights = tile.weights;
+  for (int64_t run = 0; run < tile.run_count; ++run)
+    for (int64_t word = 0; word < tile.runs[run].words; word += kLanes) {
+      const int64_t words = std::min<int64_t>(tile.runs[run].words - word, kLanes);
+      kMultiplyWords<Cell>[words - 1](tile, pixels, tile.runs[run].offset + word * (4 / sizeof(Cell)), weights);
+      weights += words * kLanes;
+    }
+  if (!tile.adds) return;
+  for (int64_t i = 0; i < pixels * 2 * kLanes; i += 2 * kLanes) store(sums + i, load(sums + i) + load(own + i));
+}
 
 using LoadRows = void (*)(const BlockPlan&, const ConvCall&, int64_t n, int64_t p0, int64_t q0, int64_t begin,
                           int64_t end, void* planes);
@@ -97,17 +166,30 @@ struct BlockPixels {
 template <typename Cell>
 void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& strip, const void* x,
                const BlockPixels& pixels, StoreSums store, PhaseClock& clock) {
-  alignas(64) float sums[kBlockPixels * 2 * kLanes];
-  const auto& table = strip.count > kLanes ? kMultiplyTwo<Cell> : kMultiplyOne<Cell>;
+  constexpr int64_t kMost = std::max<int64_t>(kBlockPixels, kBlockStream);
+  alignas(64) float sums[kMost * 2 * kLanes];
+  const BlockGroup* const groups = plan.groups.data() + strip.first_group;
   // Equal shares of pixels, so that no share has too few sums to hide the latency of the additions.
-  const int64_t shares = (pixels.count + kBlockPixels - 1) / kBlockPixels;
-  for (int64_t share = 0; share < shares; ++share) {
-    const int64_t begin = pixels.count * share / shares, size = pixels.count * (share + 1) / shares - begin;
-    table[size - 1]({x, pixels.base + begin, plan.runs.data() + strip.first_run, strip.runs,
-                     plan.weights.data() + strip.weights, sums});
+  const int64_t most = strip.wide ? kBlockPixels : kBlockStream, shares = (pixels.count + most - 1) / most;
+  for (int64_t share = 0, begin = 0; share < shares; ++share) {
+    const int64_t end = strip.wide ? pixels.count * (share + 1) / shares : std::min(begin + most, pixels.count);
+    const int64_t size = end - begin, whole = (size + kBlockAbreast - 1) / kBlockAbreast * kBlockAbreast;
+    for (int64_t i = 0; i < strip.groups; ++i) {
+      const BlockGroup& group = groups[i];
+      const BlockTile tile{x,
+                           pixels.base + begin,
+                           plan.runs.data() + group.first_run,
+                           group.runs,
+                           plan.weights.data() + group.weights,
+                           sums + group.vector * kLanes,
+                           i > 0 && group.vector == groups[i - 1].vector};
+      if (strip.wide) kMultiplyRuns<Cell>[size - 1](tile);
+      else multiply_group<Cell>(tile, whole);
+    }
     clock.ends(kProducts);
     store(plan, call, strip, sums, pixels.target + begin, size);
     clock.ends(kStores);
+    begin = end;
   }
 }
 
@@ -131,7 +213,7 @@ void run_block(const BlockPlan& plan, const ConvCall& call) {
                                           : std::clamp<int64_t>(2 * call.threads / tasks, 1,
                                                                 static_cast<int64_t>(plan.strips.size()));
   const bool shared = parts > 1 && !in_place;
-  const int64_t pixel_room = tile_n * plan.tile_p * plan.tile_q;
+  const int64_t pixel_room = (tile_n * plan.tile_p * plan.tile_q + kBlockAbreast + 15) / 16 * 16;
   const int64_t task_floats = in_place ? 0 : (tile_n * image_cells * plan.cell_bytes + 255) / 256 * 64;
   const int64_t shared_floats = shared ? tasks * task_floats : 0;
   float* const callers = shared ? thread_scratch(shared_floats + 4 * pixel_room) : nullptr;
@@ -169,6 +251,9 @@ void run_block(const BlockPlan& plan, const ConvCall& call) {
                          : (n - n0) * image_cells + (row * plan.cols + col) * pixel_cells;
             pixels.target[pixels.count] = call.y_at(s, n, p, q);
           }
+      // Strips of one vector take whole groups of pixels, the last of which may be there several times.
+      for (int64_t more = 0; more < kBlockAbreast; ++more)
+        pixels.base[pixels.count + more] = pixels.base[pixels.count - 1];
       clock.ends(kLayout);
       const void* x = in_place ? call.x : planes_of(task);
       const int64_t last = first_strip(plan, part + 1, parts);

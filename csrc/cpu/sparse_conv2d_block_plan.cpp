@@ -52,9 +52,9 @@ class Planner {
 
   // A strip of outputs of group g.
   void add(const OutputSpan& outputs, int64_t g, const std::vector<Piece>& pieces, WeightStrides strides) {
-    BlockStrip strip{outputs};
-    strip.first_run = static_cast<int64_t>(plan_.runs.size());
-    strip.weights = static_cast<int64_t>(plan_.weights.size());
+    BlockStrip strip{outputs, outputs.count > lanes_};
+    strip.first_group = static_cast<int64_t>(plan_.groups.size());
+    begin_group();
     const int64_t pixel = plan_.shape.groups * plan_.group_cells;
     for (size_t i = 0; i < pieces.size();) {
       const auto offset_of = [&](const Piece& p) {
@@ -67,8 +67,17 @@ class Planner {
           sources.push_back(pieces[i].source + c * strides.channel);
       add_run(strip, offset, sources, strides.output);
     }
-    strip.runs = static_cast<int64_t>(plan_.runs.size()) - strip.first_run;
-    const int64_t words = (static_cast<int64_t>(plan_.weights.size()) - strip.weights) / (vectors(strip) * lanes_);
+    strip.groups = static_cast<int64_t>(plan_.groups.size()) - strip.first_group;
+    int64_t words = 0;
+    for (int64_t i = 0; i < strip.groups; ++i) words += plan_.groups[strip.first_group + i].words;
+    if (goes_on(strip)) {
+      BlockStrip& before = plan_.strips.back();
+      for (int64_t i = 0; i < strip.groups; ++i) plan_.groups[strip.first_group + i].vector = 1;
+      before.groups += strip.groups;
+      before.span = before.count += strip.count;
+      last_cost_ += words;
+      return;
+    }
     plan_.cost.push_back((plan_.cost.empty() ? 0 : plan_.cost.back()) + last_cost_);
     last_cost_ = kStripCost + words;
     plan_.strips.push_back(strip);
@@ -95,14 +104,33 @@ class Planner {
     while (bytes() > kBlockPlaneBytes && plan_.tile_q > 16) plan_.tile_q = even_tile(s.Q, plan_.tile_q - 1);
   }
 
-  int64_t vectors(const BlockStrip& strip) const { return strip.count > lanes_ ? 2 : 1; }
+  // Whether a strip of one vector can be the second vector of the strip before it.
+  bool goes_on(const BlockStrip& strip) const {
+    if (plan_.strips.empty() || strip.wide || strip.span != strip.count) return false;
+    const BlockStrip& before = plan_.strips.back();
+    return !before.wide && before.count == lanes_ && before.span == lanes_ && before.k0 + lanes_ == strip.k0;
+  }
+
+  static int64_t most_words(const BlockStrip& strip) { return strip.wide ? kWideGroupWords : kGroupWords; }
+
+  void begin_group() {
+    plan_.groups.push_back(
+        {static_cast<int64_t>(plan_.runs.size()), 0, 0, static_cast<int64_t>(plan_.weights.size())});
+  }
+
+  // A run of words that are added next.
+  void begin_run(const BlockStrip& strip, int64_t offset, int64_t words) {
+    if (plan_.groups.back().words > 0 && plan_.groups.back().words + words > most_words(strip)) begin_group();
+    plan_.runs.push_back({offset, 0});
+    ++plan_.groups.back().runs;
+  }
 
   // Words of weights for the cells from `offset` on. Of an odd number, the last shares its word with the one before it,
   // half of whose weight is in either word: a zero would make a NaN of its infinity, a stranger would bring in its own.
   void add_run(const BlockStrip& strip, int64_t offset, std::vector<int64_t> sources, int64_t stride) {
     int64_t cells = static_cast<int64_t>(sources.size());
     if (!pairs_) {
-      plan_.runs.push_back({offset, cells});
+      begin_run(strip, offset, cells);
       for (int64_t source : sources) add_word(strip, kNoWeight, source, stride);
       return;
     }
@@ -110,12 +138,12 @@ class Planner {
       sources.push_back(kNoWeight);
       cells = 2;
     }
-    plan_.runs.push_back({offset, cells / 2});
+    begin_run(strip, offset, cells / 2);
     const bool odd = cells % 2 != 0;
     for (int64_t i = 0; i + 1 < cells; i += 2)
       add_word(strip, sources[i], sources[i + 1], stride, 1.0f, odd && i + 3 == cells ? 0.5f : 1.0f);
     if (!odd) return;
-    plan_.runs.push_back({offset + cells - 2, 1});
+    begin_run(strip, offset + cells - 2, 1);
     add_word(strip, sources[cells - 2], sources[cells - 1], stride, 0.5f);
   }
 
@@ -125,7 +153,13 @@ class Planner {
     const auto bits = [&](int64_t source, int64_t k, float share) {
       return source == kNoWeight ? 0u : std::bit_cast<uint32_t>(share * weight_at(weights_, source + k * stride));
     };
-    for (int64_t k = 0; k < vectors(strip) * lanes_; ++k)
+    if (plan_.groups.back().words == most_words(strip)) {  // a long run goes on in the next group
+      const BlockRun full = plan_.runs.back();
+      begin_run(strip, full.offset + full.words * (pairs_ ? 2 : 1), 1);
+    }
+    ++plan_.runs.back().words;
+    ++plan_.groups.back().words;
+    for (int64_t k = 0; k < (strip.wide ? 2 : 1) * lanes_; ++k)
       plan_.weights.push_back(k < strip.count ? bits(low, k, low_share) >> 16 | bits(high, k, high_share) : 0u);
   }
 

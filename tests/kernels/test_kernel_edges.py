@@ -134,17 +134,14 @@ def test_the_edges_reach_every_kernel() -> None:
     assert reached == set(KERNELS)
 
 
-ONE_SUM = pytest.mark.xfail(
-    strict=True,
-    reason="one running float32 sum over more than some 300 kept weights: 1.3 to 2.2 times the bound",
-)
-
-
-@pytest.mark.parametrize("pattern", ["unstructured", pytest.param("block:32x32", marks=ONE_SUM)])
-def test_every_kernel_meets_the_bound_on_long_sums(pattern: str) -> None:
-    assert_all_kernels_meet_the_bound(
-        EdgeLayer(17, 512, 35, 3, 3, pattern=pattern, kept="all", has_bias=False)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pattern", ["unstructured", "block:32x32", "block:16x16", "channel"])
+def test_every_kernel_meets_the_bound_on_long_sums(pattern: str, dtype: str) -> None:
+    # Outputs in float32, so that no rounding of theirs hides an error of the sums.
+    layer = EdgeLayer(
+        17, 512, 35, 3, 3, pattern=pattern, dtype=dtype, kept="all", has_bias=False, out_dtype="float32"
     )
+    assert_all_kernels_meet_the_bound(layer)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -205,7 +202,7 @@ def edge_layers(draw: st.DrawFn) -> EdgeLayer:
         seed=draw(st.integers(0, 99)),
     )
     taps = layer.kernel_size[0] * layer.kernel_size[1]
-    # Longer sums have a test of their own.
+    # Longer sums have a test of their own: here the bound may rest on torch's error in a handful of outputs.
     assume(layer.is_valid and layer.channels // groups * taps <= 60)
     return layer
 
