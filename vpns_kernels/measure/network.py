@@ -112,9 +112,9 @@ def _race(callables: Mapping[str, Callable[[], Tensor]], rounds: int) -> dict[st
 
 
 def _sparse_dtype(pattern: Pattern) -> torch.dtype:
-    """bfloat16 where tiles multiply it, float32 elsewhere."""
-    has_tiles = native.why_not() is None and "amx" in native.library().isa_list()
-    return torch.bfloat16 if has_tiles and isinstance(pattern, Block) else torch.float32
+    """bfloat16 where instructions multiply it, float32 elsewhere."""
+    has_products = any(native.has_isa(name) for name in ("avx512_bf16", "amx"))
+    return torch.bfloat16 if has_products and isinstance(pattern, Block) else torch.float32
 
 
 def _run_sparsely(network: nn.Module) -> nn.Module:
