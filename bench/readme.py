@@ -14,6 +14,7 @@ from statistics import geometric_mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+DENSITIES = (0.2, 0.1, 0.05)
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
@@ -39,25 +40,21 @@ def render() -> str:
 
 
 def render_layers(path: Path) -> str:
-    """ResNet-18's 3x3 layers: one row per pattern, one column per density."""
+    """ResNet-18's 3x3 layers: one row per pattern and dtype, one column per density."""
     report = json.loads(path.read_text())
     rows = [r for r in report["rows"] if r["network"] == "resnet18" and r["kernel_size"] == [3, 3]]
-    rows = [r for r in rows if r["batch"] == 16 and r["dtype"] == "float32" and r.get("asked") != "auto"]
-    densities = sorted({r["density"] for r in rows}, reverse=True)
+    rows = [r for r in rows if r["batch"] == 16 and r["density"] in DENSITIES and r.get("asked") != "auto"]
     lines = [
-        f"ResNet-18's 3x3 layers at 224 px, batch 16, float32, against the best dense; geometric mean, and "
-        f"least to most ({_where(report['fingerprint'])}; {_link(path)}):",
+        "ResNet-18's 3x3 layers at 224 px, batch 16, against the best dense of float32 and bfloat16; "
+        f"geometric mean, and least to most ({_where(report['fingerprint'])}; {_link(path)}):",
         "",
-        "| pattern | " + " | ".join(f"density {density:g}" for density in densities) + " |",
-        "|---|" + "---|" * len(densities),
+        "| pattern | " + " | ".join(f"density {density:g}" for density in DENSITIES) + " |",
+        "|---|" + "---|" * len(DENSITIES),
     ]
-    for pattern in dict.fromkeys(r["pattern"] for r in rows):
-        cells = []
-        for density in densities:
-            chosen = [r for r in rows if r["pattern"] == pattern and r["density"] == density]
-            ratios = [r["ratios"][r["best_dense"]]["median"] for r in chosen]
-            cells.append(f"{geometric_mean(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})")
-        lines.append(f"| {pattern} | " + " | ".join(cells) + " |")
+    for pattern, dtype in sorted({(r["pattern"], r["dtype"]) for r in rows}):
+        form = [r for r in rows if (r["pattern"], r["dtype"]) == (pattern, dtype)]
+        cells = [_ratios([r for r in form if r["density"] == density]) for density in DENSITIES]
+        lines.append(f"| {pattern}, {dtype} | " + " | ".join(cells) + " |")
     selection = report["selection"]
     ours, theirs = (selection[name]["median_ms"] for name in ("select_threshold", "torch.kthvalue"))
     lines += [
@@ -66,6 +63,13 @@ def render_layers(path: Path) -> str:
         f"`torch.kthvalue` {theirs:.0f} ms.",
     ]
     return "\n".join(lines)
+
+
+def _ratios(rows: list[dict[str, Any]]) -> str:
+    ratios = [r["ratios"][r["best_dense"]]["median"] for r in rows]
+    if not ratios:
+        return "not measured"
+    return f"{geometric_mean(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})"
 
 
 def render_networks(path: Path) -> str:
