@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # Rooms from the top of the house to the bottom: a room imports its own and those below.
 KERNEL_ROOMS = [
     ("vpns_kernels.engine", "vpns_kernels.measure", "vpns_kernels.testing"),
-    ("vpns_kernels.convert", "vpns_kernels.explain", "vpns_kernels.fusing"),
+    ("vpns_kernels.batch_norms", "vpns_kernels.convert", "vpns_kernels.explain", "vpns_kernels.fusing"),
     ("vpns_kernels.channels", "vpns_kernels.modules", "vpns_kernels.sparse_modules"),
     ("vpns_kernels.runners",),
     ("vpns_kernels.choose",),
     ("vpns_kernels.cost",),
-    ("vpns_kernels.graph_nodes", "vpns_kernels.folding"),
+    ("vpns_kernels.graph_nodes", "vpns_kernels.folding", "vpns_kernels.tracing"),
     ("vpns_kernels.refresh", "vpns_kernels.graph_nodes"),
     ("vpns_kernels.ops",),
     ("vpns_kernels.schemas", "vpns_kernels.formats", "vpns_kernels.native"),

@@ -7,12 +7,9 @@ residual only where both sides of the add have one shape for inputs of every siz
 from __future__ import annotations
 
 import copy
-import inspect
 import operator
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from vpns_kernels.folding import fold_batch_norm
@@ -20,12 +17,8 @@ from vpns_kernels.formats import unpack
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.graph_nodes import is_add, is_pointwise
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
+from vpns_kernels.tracing import find_activation, find_single_calls, has_hooks, only_user, trace
 
-_ACT_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
-_ACT_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6",
-}  # fmt: skip
-_ACT_METHODS = {"relu": "relu", "relu_": "relu"}
 # Node that a size comes from, channels, and per strided layer and axis (2 · padding - reach, stride).
 _Shape = tuple[fx.Node, int | None, tuple[tuple[int, int], ...]]
 
@@ -53,7 +46,7 @@ def fuse(model: nn.Module) -> nn.Module:
     if training := [name for name, module in model.named_modules() if module.training]:
         raise ValueError(f"fuse: expected evaluation mode, got training at {training[0]!r} (call .eval())")
     model = copy.deepcopy(model)
-    traced = _trace(model)
+    traced = trace(model)
     if traced is None:
         return model
     fuser = _Fuser(traced)
@@ -66,62 +59,14 @@ def fuse(model: nn.Module) -> nn.Module:
     return traced.eval()
 
 
-class _Proxy(fx.Proxy):
-    """Keeps x += y what it is: tracing by itself makes it x = x + y, which other names of x would not see."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    """Keeps sparse layers whole, and what is watched by hooks, which run at each call."""
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        is_whole = isinstance(m, SparseConv2d | SparseLinear) or _has_hooks(m)
-        return is_whole or super().is_leaf_module(m, module_qualified_name)
-
-
-def _trace(model: nn.Module) -> fx.GraphModule | None:
-    # Tracing takes an optional argument for one that is given, and would follow the wrong branch.
-    arguments = inspect.signature(model.forward).parameters.values()
-    is_plain = all(
-        a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD) for a in arguments
-    )
-    tracer = _Tracer()
-    if not is_plain or _has_hooks(model) or tracer.is_leaf_module(model, ""):
-        return None
-    try:
-        graph = tracer.trace(model)
-    except (RuntimeError, TypeError, ValueError):
-        # A forward that branches on data, or hands activations to code that takes tensors only.
-        return None
-    return fx.GraphModule(model, graph, type(model).__name__)
-
-
 class _Fuser:
     """Rewrites one traced network; a layer stays at its place in the order and takes in what follows."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
         self._traced = traced
         self._modules = dict(traced.named_modules())
-        targets = [str(node.target) for node in traced.graph.nodes if node.op in ("call_module", "get_attr")]
         # Whose weights something else reads, another call or the network itself, keep them.
-        self._is_called_once = {
-            name: targets.count(name) == 1 and not any(t.startswith(f"{name}.") for t in targets)
-            for name in set(targets)
-        }
+        self._called_once = find_single_calls(traced)
         self._shapes = self._find_shapes()
 
     def extend(self, node: fx.Node) -> None:
@@ -137,7 +82,7 @@ class _Fuser:
             self._take_activation(node)
 
     def _fold_batch_norm(self, node: fx.Node) -> None:
-        layer, follower = self._module(node), _only_user(node)
+        layer, follower = self._module(node), only_user(node)
         bn = None if follower is None else self._module(follower)
         if follower is None or type(bn) is not nn.BatchNorm2d or not self._is_free(follower):
             return
@@ -154,7 +99,7 @@ class _Fuser:
         self._drop(follower, node)
 
     def _take_residual(self, node: fx.Node) -> None:
-        layer, add = self._module(node), _only_user(node)
+        layer, add = self._module(node), only_user(node)
         assert isinstance(layer, SparseConv2d)
         # Right behind the layer: nothing can have changed either side in place meanwhile.
         if add is None or add is not node.next or not is_add(add) or len(node.args) != 1:
@@ -163,7 +108,7 @@ class _Fuser:
             return
         (residual,) = (source for source in add.all_input_nodes if source is not node)
         is_in_place = add.target in (operator.iadd, "add_") and add.args[0] is residual
-        if is_in_place and not (_only_user(residual) is add and self._makes_tensor(residual)):
+        if is_in_place and not (only_user(residual) is add and self._makes_tensor(residual)):
             return
         if self._shapes[node] != self._shapes[residual]:
             return
@@ -171,21 +116,12 @@ class _Fuser:
         self._drop(add, node)
 
     def _take_activation(self, node: fx.Node) -> None:
-        layer, follower = self._module(node), _only_user(node)
+        layer, follower = self._module(node), only_user(node)
         assert isinstance(layer, SparseConv2d | SparseLinear)
-        act = None if follower is None else self._activation(follower)
+        act = None if follower is None else find_activation(follower, self._modules)
         if follower is not None and act is not None and layer.act == "none":
             layer.act = act
             self._drop(follower, node)
-
-    def _activation(self, node: fx.Node) -> str | None:
-        if node.op == "call_module":
-            module = self._module(node)
-            return None if module is None or _has_hooks(module) else _ACT_MODULES.get(type(module))
-        if len(node.all_input_nodes) != 1:
-            return None
-        table = {"call_function": _ACT_FUNCTIONS, "call_method": _ACT_METHODS}.get(node.op, {})
-        return table.get(node.target)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self._modules[str(node.target)] if node.op == "call_module" else None
@@ -193,8 +129,8 @@ class _Fuser:
     def _is_free(self, node: fx.Node) -> bool:
         """Whether this call is the only one of its module, with the activation alone."""
         module = self._module(node)
-        is_plain = len(node.args) >= 1 and not node.kwargs and module is not None and not _has_hooks(module)
-        return is_plain and self._is_called_once[str(node.target)]
+        is_plain = len(node.args) >= 1 and not node.kwargs and module is not None and not has_hooks(module)
+        return is_plain and str(node.target) in self._called_once
 
     def _makes_tensor(self, node: fx.Node) -> bool:
         """Whether the output shares memory with no other activation."""
@@ -250,11 +186,3 @@ def _strides(geometry: ConvGeometry) -> tuple[tuple[int, int], ...]:
         for axis in (0, 1)
     )
     return () if steps == ((-1, 1), (-1, 1)) else steps
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
