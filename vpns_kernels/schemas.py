@@ -2,7 +2,7 @@
 
 A fake kernel gives the shapes, dtypes and strides of the outputs without computing: torch.compile and
 torch.export need nothing else. `backend` is a resolved name, never "auto": the doors in
-ops/<op>/__init__.py resolve it.
+ops/<op>/__init__.py resolve it. `backends` are three: of forward, input gradient and weight gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "sparse_conv2d(Tensor x, Tensor values, Tensor[] layout, Tensor? bias, int[4] weight_shape, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, str backend) -> Tensor"
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, str[] backends) -> Tensor"
 )
 LIBRARY.define(
     "sparse_conv2d_fused(Tensor x, Tensor values, Tensor[] layout, Tensor? bias, Tensor? residual, "
@@ -31,7 +31,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "sparse_conv2d_backward(Tensor grad, Tensor x, Tensor values, Tensor[] layout, int[4] weight_shape, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, bool[2] wants, str backend) "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, bool[2] wants, str[] backends) "
     "-> (Tensor grad_x, Tensor grad_values)"
 )
 LIBRARY.define(
@@ -61,7 +61,7 @@ def _sparse_conv2d(
     padding: Pair,
     dilation: Pair,
     groups: int,
-    backend: str,
+    backends: Sequence[str],
 ) -> Tensor:
     geometry = _geometry(weight_shape, stride, padding, dilation, groups)
     return _empty_output(x, geometry, x.dtype)

@@ -33,18 +33,26 @@ class _Sparse(nn.Module):
         kernel: name of the native kernel to use; empty for the one that is expected to be fastest, torch's
             dense convolution included (`explain` tells which and why), "sparse" for the fastest but that.
         act: what the outputs pass through last: "none", "relu" or "relu6".
+        backends: of sparse_conv2d, with grad: one name for all passes, or three (forward, input gradient,
+            weight gradient).
     """
 
     values: nn.Parameter
     bias: Tensor | None
 
     def __init__(
-        self, packed: Packed, bias: Tensor | None = None, kernel: str = "", act: str = "none"
+        self,
+        packed: Packed,
+        bias: Tensor | None = None,
+        kernel: str = "",
+        act: str = "none",
+        backends: str | tuple[str, str, str] = "auto",
     ) -> None:
         super().__init__()
         if act not in ACTS:
             raise ValueError(f"{type(self).__name__}: expected act in {ACTS}, got {act!r}")
         self.geometry, self.pattern, self.kernel, self.act = packed.geometry, packed.pattern, kernel, act
+        self.backends = backends
         self.values = nn.Parameter(packed.values)
         # A copy, so that training this layer leaves the one it came from alone.
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
@@ -91,7 +99,7 @@ class _Sparse(nn.Module):
         check_inputs(x, self.geometry, self.bias, residual, self.act, x.dtype)
         learned = (x, self.values, self.bias, residual)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in learned):
-            y = sparse_conv2d(x, self.values, self.layout, self.geometry, self.bias)
+            y = sparse_conv2d(x, self.values, self.layout, self.geometry, self.bias, self.backends)
             return finish(y, residual, self.act, y.dtype)
         # Tracers see the op; a tensor of another type (a fake one) has no data to compute with here.
         is_plain = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpns_kernels import ConvGeometry, Packed, native, pack, parse_pattern, sparse_conv2d, unpack
-from vpns_kernels.patterns import Channel
+from vpns_kernels.patterns import Block, Channel
 from vpns_kernels.testing import poisoned_memory
 
 PATTERNS = ("unstructured", "block:16x16", "block:32x32", "block:8x4", "channel")
@@ -50,11 +50,23 @@ def inputs(geometry: ConvGeometry, images: int, dtype: torch.dtype) -> tuple[Ten
     return x, torch.randn(grad_shape, generator=generator).to(dtype)
 
 
-def gradients(packed: Packed, x: Tensor, grad: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def gradients(
+    packed: Packed, x: Tensor, grad: Tensor, backend: str | tuple[str, str, str]
+) -> tuple[Tensor, Tensor]:
     x, values = x.detach().requires_grad_(), packed.values.detach().requires_grad_()
     y = sparse_conv2d(x, values, packed.layout, packed.geometry, backend=backend)
     grad_x, grad_values = torch.autograd.grad(y, (x, values), grad)
     return grad_x, grad_values
+
+
+def native_where_it_can(packed: Packed, dtype: torch.dtype) -> tuple[str, str, str]:
+    """The passes' backends: channels in double precision and their weight gradients are torch's."""
+    is_channel, is_double = isinstance(packed.pattern, Channel), dtype == torch.float64
+    convolution = "compact" if is_channel and is_double else "cpu"
+    if is_channel:
+        return convolution, convolution, "compact"
+    is_block = isinstance(packed.pattern, Block) and not is_double and native.has_isa("avx2")
+    return convolution, convolution, "cpu" if is_block else "reference"
 
 
 def assert_within_the_bound(packed: Packed, x: Tensor, grad: Tensor, found: tuple[Tensor, Tensor]) -> None:
@@ -84,9 +96,8 @@ def test_native_gradients_are_those_of_float64(geometry: ConvGeometry, spec: str
         return
     for images, dtype in ((3, torch.float32), (17, torch.bfloat16), (1, torch.float64), (2, torch.float16)):
         packed, (x, grad) = make(geometry, spec, dtype), inputs(geometry, images, dtype)
-        backend = "compact" if spec == "channel" and dtype == torch.float64 else "cpu"
         with poisoned_memory():
-            found = gradients(packed, x, grad, backend)
+            found = gradients(packed, x, grad, native_where_it_can(packed, dtype))
         assert found[0].is_contiguous(memory_format=torch.channels_last)
         assert_within_the_bound(packed, x, grad, found)
 
@@ -98,7 +109,7 @@ def test_gradcheck_in_double_precision(geometry: ConvGeometry, spec: str) -> Non
     packed = make(g, spec, torch.float64, 0.4)
     x, _ = inputs(g, 1, torch.float64)
     x = x[..., : max(4, (g.kernel_size[1] - 1) * g.dilation[1] + 1)]
-    backend = "compact" if spec == "channel" else "cpu"
+    backend = native_where_it_can(packed, torch.float64)
     assert torch.autograd.gradcheck(
         lambda x, values: sparse_conv2d(x, values, packed.layout, g, backend=backend),
         (x.requires_grad_(), packed.values.requires_grad_()),
@@ -113,7 +124,9 @@ def test_every_instruction_set_computes_them(spec: str, isa: str) -> None:
     packed, (x, grad) = make(geometry, spec, torch.float32), inputs(geometry, 18, torch.float32)
     native.library().isa_cap(isa)
     try:
-        assert_within_the_bound(packed, x, grad, gradients(packed, x, grad, "cpu"))
+        assert_within_the_bound(
+            packed, x, grad, gradients(packed, x, grad, native_where_it_can(packed, x.dtype))
+        )
     finally:
         native.library().isa_cap("")
 
@@ -122,15 +135,16 @@ def test_every_instruction_set_computes_them(spec: str, isa: str) -> None:
 def test_the_same_bits_each_time_and_for_any_thread_count(spec: str) -> None:
     geometry = ConvGeometry(64, 48, (3, 3), (1, 1), (1, 1))
     packed, (x, grad) = make(geometry, spec, torch.float32), inputs(geometry, 5, torch.float32)
-    wants = [True, spec.startswith("block")]  # other values' gradients are torch's own
+    backends = native_where_it_can(packed, x.dtype)
+    wants = [True, backends[2] == "cpu"]  # torch's own depend on the number of threads
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        first = gradients(packed, x, grad, "cpu")
+        first = gradients(packed, x, grad, backends)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for _ in range(34):
-                again = gradients(packed, x, grad, "cpu")
+                again = gradients(packed, x, grad, backends)
                 assert all(torch.equal(a, b) for a, b, w in zip(first, again, wants, strict=True) if w)
     finally:
         torch.set_num_threads(before)
@@ -170,8 +184,8 @@ def test_only_what_is_wanted_is_computed() -> None:
     args: tuple[Any, ...] = (grad, x, packed.values, list(packed.layout), geometry.weight_shape)
     args += (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     backward = torch.ops.vpns.sparse_conv2d_backward
-    assert [t.numel() > 0 for t in backward(*args, [True, False], "cpu")] == [True, False]
-    assert [t.numel() > 0 for t in backward(*args, [False, True], "cpu")] == [False, True]
+    assert [t.numel() > 0 for t in backward(*args, [True, False], ["cpu"] * 3)] == [True, False]
+    assert [t.numel() > 0 for t in backward(*args, [False, True], ["cpu"] * 3)] == [False, True]
 
 
 @pytest.mark.parametrize("spec", PATTERNS)
@@ -179,8 +193,30 @@ def test_a_nan_reaches_only_what_it_is_connected_with(spec: str) -> None:
     geometry = ConvGeometry(32, 32, (1, 1))
     packed, (x, grad) = make(geometry, spec, torch.float32), inputs(geometry, 2, torch.float32)
     grad[1, 3, 2, 2] = float("nan")
-    grad_x, _ = gradients(packed, x, grad, "cpu")
+    grad_x, _ = gradients(packed, x, grad, ("cpu", "cpu", "auto"))
     assert not bool(grad_x[0].isnan().any())
     assert not bool(grad_x[1, :, 3:].isnan().any())
     kept = unpack(packed.values, packed.layout, geometry)[3, :, 0, 0] != 0
     assert bool(grad_x[1, kept, 2, 2].isnan().all())
+
+
+def test_each_pass_runs_by_the_backend_given_for_it() -> None:
+    geometry = ConvGeometry(32, 32, (3, 3), padding=(1, 1))
+    packed, (x, grad) = make(geometry, "block:16x16", torch.float32), inputs(geometry, 2, torch.float32)
+    by_cpu, by_torch = (gradients(packed, x, grad, name) for name in ("cpu", "reference"))
+    mixed = gradients(packed, x, grad, ("reference", "cpu", "reference"))
+    assert torch.equal(mixed[0], by_cpu[0])
+    assert torch.equal(mixed[1], by_torch[1])
+    assert not torch.equal(by_cpu[0], by_torch[0])
+
+
+def test_a_backend_that_cannot_run_a_pass_is_refused_where_the_pass_is_wanted() -> None:
+    packed, x = make(ConvGeometry(8, 8, (1, 1)), "channel", torch.float32), torch.randn(1, 8, 3, 3)
+    values = packed.values.detach().requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"backend 'cpu' cannot run this: it takes .*\['compact'"):
+        sparse_conv2d(x, values, packed.layout, packed.geometry, backend=("auto", "auto", "cpu"))
+    y = sparse_conv2d(x, values.detach(), packed.layout, packed.geometry, backend="cpu")
+    assert not y.requires_grad
+    for backends in (("cpu", "cpu"), ("auto", "auto", "fpga")):
+        with pytest.raises(ValueError, match=r"expected (one backend, or three|backend in)"):
+            sparse_conv2d(x, values.detach(), packed.layout, packed.geometry, backend=backends)

@@ -17,11 +17,11 @@ LIBRARY = native.library()
 KERNELS = LIBRARY.sparse_conv2d_kernels(True)
 
 
-def schema_args(args: dict[str, Any], backend: str) -> tuple[Any, ...]:
+def schema_args(args: dict[str, Any], backends: list[str]) -> tuple[Any, ...]:
     g = args["geometry"]
     layout = list(args["layout"])
     sizes = (list(g.weight_shape), list(g.stride), list(g.padding), list(g.dilation), g.groups)
-    return args["x"], args["values"], layout, args["bias"], *sizes, backend
+    return args["x"], args["values"], layout, args["bias"], *sizes, backends
 
 
 def layer(spec: str, density: float = 0.2, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -121,7 +121,9 @@ def test_opcheck(spec: str, backend: str) -> None:
     args = layer(spec) | {"bias": torch.randn(32)}
     for name in ("x", "values", "bias"):
         args[name] = args[name].requires_grad_()
-    torch.library.opcheck(torch.ops.vpns.sparse_conv2d.default, schema_args(args, backend))
+    torch.library.opcheck(
+        torch.ops.vpns.sparse_conv2d.default, schema_args(args, [backend, backend, "reference"])
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "compact", "reference"])
@@ -137,7 +139,8 @@ def test_gradients_in_float64(backend: str) -> None:
     bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
     values = packed.values.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, v, b: sparse_conv2d(x, v, packed.layout, geometry, b, backend), (x, values, bias)
+        lambda x, v, b: sparse_conv2d(x, v, packed.layout, geometry, b, (backend, backend, "auto")),
+        (x, values, bias),
     )
 
 

@@ -7,7 +7,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -24,6 +24,8 @@ class Op:
 
     A backend is the module `vpns_kernels.ops.<op>.<backend>` with `run(*args)`, taking the schema's
     arguments without `backend`, and `why_not(*args) -> str | None`, the reason why it cannot take them.
+    Where the three passes of a differentiable op may have different backends, `why_no_input_gradient` and
+    `why_no_weight_gradient` tell what else it cannot do.
     """
 
     name: str
@@ -46,15 +48,57 @@ class Op:
         Raises:
             NotImplementedError: the backend asked for cannot run them; says why and which can.
         """
-        if backend != "auto":
-            reason = self.module(backend).why_not(*args)
-            if reason is not None:
-                able = [name for name in self.backends if self.module(name).why_not(*args) is None]
-                raise NotImplementedError(
-                    f"{self.name}: backend {backend!r} cannot run this: {reason} (can: {able})"
-                )
-            return backend
-        return next(name for name in self.backends if self.module(name).why_not(*args) is None)
+        return self._resolve(backend, "why_not", args)
+
+    def resolve_passes(
+        self, backend: str | Sequence[str], *args: Any, wants: Sequence[bool] = (True, True, True)
+    ) -> list[str]:
+        """The backends of forward, input gradient and weight gradient: each as `resolve` finds it.
+
+        Args:
+            backend: one name for all passes, or three.
+            wants: which passes will run; a name given for another one is not asked whether it can.
+
+        Raises:
+            ValueError: an unknown name, or a number of names other than one and three.
+            NotImplementedError: a backend asked for cannot run its pass; says why and which can.
+        """
+        names = [backend] * len(_PASSES) if isinstance(backend, str) else list(backend)
+        if len(names) != len(_PASSES):
+            raise ValueError(
+                f"{self.name}: expected one backend, or three (forward, input gradient, weight gradient), "
+                f"got {names}"
+            )
+        for name, wanted in zip(names, wants, strict=True):
+            if not wanted and name != "auto":
+                self.module(name)
+        return [
+            self._resolve(name, question, args) if wanted or name == "auto" else name
+            for name, question, wanted in zip(names, _PASSES, wants, strict=True)
+        ]
+
+    def _resolve(self, backend: str, question: str, args: Sequence[Any]) -> str:
+        if backend == "auto":
+            return next(name for name in self.backends if self._reason(name, question, args) is None)
+        reason = self._reason(backend, question, args)
+        if reason is not None:
+            able = [name for name in self.backends if self._reason(name, question, args) is None]
+            raise NotImplementedError(
+                f"{self.name}: backend {backend!r} cannot run this: {reason} (can: {able})"
+            )
+        return backend
+
+    def _reason(self, backend: str, question: str, args: Sequence[Any]) -> str | None:
+        """What keeps a backend from a pass: what keeps it from the op, or an answer of its own."""
+        module = self.module(backend)
+        reason: str | None = module.why_not(*args)
+        if reason is None and hasattr(module, question):
+            reason = getattr(module, question)(*args)
+        return reason
+
+
+# What a backend is asked about each pass.
+_PASSES = ("why_not", "why_no_input_gradient", "why_no_weight_gradient")
 
 
 OPS: dict[str, Op] = {}
@@ -66,7 +110,7 @@ def register_op(name: str, backends: Mapping[str, Any]) -> Op:
 
     def dispatch(*args: Any) -> Any:
         *inputs, backend = args
-        return op.module(backend).run(*inputs)
+        return op.module(backend if isinstance(backend, str) else backend[0]).run(*inputs)
 
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     return op

@@ -2,13 +2,13 @@
 
 from vpns_kernels.ops._torch.compact import convolve_compact
 from vpns_kernels.ops._torch.epilogue import ACTS, finish, sum_dtype
-from vpns_kernels.ops._torch.gradients import compact_input_gradient, dense_weight_gradient
+from vpns_kernels.ops._torch.gradients import compact_input_gradient, compact_weight_gradient
 
 __all__ = [
     "ACTS",
     "compact_input_gradient",
+    "compact_weight_gradient",
     "convolve_compact",
-    "dense_weight_gradient",
     "finish",
     "sum_dtype",
 ]

@@ -18,9 +18,15 @@ __all__ = ["sparse_conv2d"]
 _OP = register_op("sparse_conv2d", {"cpu": cpu, "compact": compact, "reference": reference})
 
 
-def _dispatch_backward(*args: Any) -> Any:
-    *inputs, backend = args
-    return _OP.module(backend).run_backward(*inputs)
+def _dispatch_backward(
+    grad: Tensor, x: Tensor, values: Tensor, layout: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Each gradient by the backend of its pass; empty where it is not wanted."""
+    *sizes, wants, (_, of_input, of_weight) = rest
+    args = (grad.to(x.dtype), x, values, layout, *sizes)
+    grad_x = _OP.module(of_input).run_input_gradient(*args) if wants[0] else x.new_empty(0)
+    grad_values = _OP.module(of_weight).run_weight_gradient(*args) if wants[1] else values.new_empty(0)
+    return grad_x, grad_values
 
 
 schemas.LIBRARY.impl("sparse_conv2d_backward", _dispatch_backward, "CompositeExplicitAutograd")
@@ -32,7 +38,7 @@ def sparse_conv2d(
     layout: Sequence[Tensor],
     geometry: ConvGeometry,
     bias: Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Sequence[str] = "auto",
 ) -> Tensor:
     """Convolve with a packed weight; differentiable once in x, values and bias.
 
@@ -40,7 +46,8 @@ def sparse_conv2d(
         x: [N, C, H, W], any strides; float32, bfloat16, float16 or float64.
         values, layout: from `formats.pack`, in any of those types; float64 goes with float64 only.
         bias: [K] in the dtype of the values, or None.
-        backend: "cpu", "compact" (channel weights), "reference", or "auto" for the first that can.
+        backend: "cpu", "compact" (channel weights), "reference", or "auto" for the first that can; one for
+            all passes, or three: of forward, of the gradient of x, of that of the values.
 
     Returns:
         [N, K, P, Q] in the dtype of x, channels_last. NaN or infinity in x reaches only outputs that a kept
@@ -58,14 +65,16 @@ def sparse_conv2d(
     geometry.output_size(x.shape[2], x.shape[3])
     g = geometry
     args = (x, values, list(layout), bias, g.weight_shape, g.stride, g.padding, g.dilation, g.groups)
-    result: Tensor = call("sparse_conv2d")(*args, _OP.resolve(backend, *args))
+    may_learn = torch.is_grad_enabled()
+    wants = (True, may_learn and x.requires_grad, may_learn and values.requires_grad)
+    result: Tensor = call("sparse_conv2d")(*args, _OP.resolve_passes(backend, *args, wants=wants))
     return result
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, layout, bias, *geometry, backend = inputs
+    x, values, layout, bias, *geometry, backends = inputs
     ctx.save_for_backward(x, values, *layout)
-    ctx.geometry, ctx.backend = geometry, backend
+    ctx.geometry, ctx.backends = geometry, backends
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -76,7 +85,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = grad_values = grad_bias = None
     wants = [bool(wanted) for wanted in ctx.needs_input_grad[:2]]
     if any(wants):
-        args = (grad, x, values, layout, *ctx.geometry, wants, ctx.backend)
+        args = (grad, x, values, layout, *ctx.geometry, wants, ctx.backends)
         found_x, found_values = call("sparse_conv2d_backward")(*args)
         grad_x, grad_values = found_x if wants[0] else None, found_values if wants[1] else None
     if ctx.needs_input_grad[3]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry, Pair
-from vpns_kernels.ops._torch import compact_input_gradient, convolve_compact, dense_weight_gradient
+from vpns_kernels.ops._torch import compact_input_gradient, compact_weight_gradient, convolve_compact
 
 
 def why_not(x: Tensor, values: Tensor, *rest: object) -> str | None:
@@ -30,7 +30,7 @@ def run(
     return convolve_compact(x, values, layout, bias, ConvGeometry(C, K, (R, S), stride, padding, dilation))
 
 
-def run_backward(
+def run_input_gradient(
     grad: Tensor,
     x: Tensor,
     values: Tensor,
@@ -40,14 +40,25 @@ def run_backward(
     padding: Pair,
     dilation: Pair,
     groups: int,
-    wants: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
-    """Both gradients of the smaller convolution, in their places."""
+) -> Tensor:
+    """The smaller convolution's, among zeros."""
     K, C, R, S = weight_shape
     geometry = ConvGeometry(C, K, (R, S), stride, padding, dilation)
-    grad_x, grad_values = x.new_empty(0), values.new_empty(0)
-    if wants[0]:
-        grad_x = compact_input_gradient(grad, x, values, layout, geometry)
-    if wants[1]:
-        grad_values = dense_weight_gradient(grad, x, values, layout, geometry)
-    return grad_x, grad_values
+    return compact_input_gradient(grad, x, values, layout, geometry)
+
+
+def run_weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    layout: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    """The smaller convolution's."""
+    K, C, R, S = weight_shape
+    geometry = ConvGeometry(C, K, (R, S), stride, padding, dilation)
+    return compact_weight_gradient(grad, x, values, layout, geometry)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
-from vpns_kernels.formats import unpack
+from vpns_kernels.formats import pick, unpack
 from vpns_kernels.geometry import ConvGeometry, Pair
 
 
@@ -33,7 +34,7 @@ def run(
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def run_backward(
+def run_input_gradient(
     grad: Tensor,
     x: Tensor,
     values: Tensor,
@@ -43,20 +44,29 @@ def run_backward(
     padding: Pair,
     dilation: Pair,
     groups: int,
-    wants: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the kept values, each empty where it is not wanted."""
-    with torch.enable_grad():
-        leaf_x, leaf_values = x.detach().requires_grad_(), values.detach().requires_grad_()
-        weight = _dense(leaf_values, layout, weight_shape, groups).to(x.dtype)
-        y = F.conv2d(leaf_x, weight, None, stride, padding, dilation, groups)
-    grad_x, grad_values = x.new_empty(0), values.new_empty(0)
-    if wants[0]:
-        (found,) = torch.autograd.grad(y, leaf_x, grad, retain_graph=True)
-        grad_x = found.contiguous(memory_format=torch.channels_last)
-    if wants[1]:
-        (grad_values,) = torch.autograd.grad(y, leaf_values, grad)
-    return grad_x, grad_values
+) -> Tensor:
+    """Of torch's dense convolution; as x, channels_last."""
+    weight = _dense(values, layout, weight_shape, groups).to(x.dtype)
+    found: Tensor = conv2d_input(x.shape, weight, grad, stride, padding, dilation, groups)
+    return found.contiguous(memory_format=torch.channels_last)
+
+
+def run_weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    layout: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    """What stands at the kept places of the dense weight's gradient; as values."""
+    K, C, R, S = weight_shape
+    dense = conv2d_weight(x, tuple(weight_shape), grad, stride, padding, dilation, groups)
+    geometry = ConvGeometry(C * groups, K, (R, S), groups=groups)
+    return pick(dense, values, layout, geometry).to(values.dtype)
 
 
 def _dense(values: Tensor, layout: Sequence[Tensor], weight_shape: Sequence[int], groups: int) -> Tensor:
