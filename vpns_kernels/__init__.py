@@ -4,7 +4,14 @@ from vpns_kernels.cost import LayerQuery
 from vpns_kernels.explain import explain
 from vpns_kernels.formats import Packed, pack, unpack
 from vpns_kernels.geometry import ConvGeometry, PromptGeometry
-from vpns_kernels.ops import OPS, batch_norm_act, select_threshold, sparse_conv2d, sparse_conv2d_fused
+from vpns_kernels.ops import (
+    OPS,
+    batch_norm_act,
+    prompt_conv2d,
+    select_threshold,
+    sparse_conv2d,
+    sparse_conv2d_fused,
+)
 from vpns_kernels.patterns import Pattern, parse_pattern
 from vpns_kernels.refresh import Refresh, refresh_mask
 
@@ -20,6 +27,7 @@ __all__ = [
     "explain",
     "pack",
     "parse_pattern",
+    "prompt_conv2d",
     "refresh_mask",
     "select_threshold",
     "sparse_conv2d",

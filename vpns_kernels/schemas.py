@@ -43,6 +43,16 @@ LIBRARY.define(
     "float eps, str act, bool has_residual, str backend) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)"
 )
+LIBRARY.define(
+    "prompt_conv2d(Tensor image, Tensor? prompt, Tensor weight, Tensor? bias, int frame, str variant, "
+    "float[] mean, float[] std, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "ScalarType dtype, str[] backends) -> Tensor"
+)
+LIBRARY.define(
+    "prompt_conv2d_backward(Tensor grad, Tensor image, Tensor? prompt, Tensor weight, int frame, "
+    "str variant, float[] mean, float[] std, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "bool[3] wants, str[] backends) -> (Tensor grad_prompt, Tensor grad_weight, Tensor grad_bias)"
+)
 
 
 @torch.library.register_fake("vpns::select_threshold", lib=LIBRARY)
@@ -120,6 +130,46 @@ def _batch_norm_act_backward(
     grad_x = torch.empty_like(x, memory_format=torch.channels_last)
     grad_residual = torch.empty_like(grad_x) if has_residual else x.new_empty(0)
     return grad_x, torch.empty_like(weight), torch.empty_like(weight), grad_residual
+
+
+@torch.library.register_fake("vpns::prompt_conv2d", lib=LIBRARY)
+def _prompt_conv2d(
+    image: Tensor,
+    prompt: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    frame: int,
+    variant: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    dtype: torch.dtype,
+    backends: Sequence[str],
+) -> Tensor:
+    geometry = _geometry(weight.shape, stride, padding, dilation, groups)
+    P, Q = geometry.output_size(*canvas_size(image, frame, variant))
+    shape = (image.shape[0], geometry.out_channels, P, Q)
+    return torch.empty(shape, dtype=dtype, device=image.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("vpns::prompt_conv2d_backward", lib=LIBRARY)
+def _prompt_conv2d_backward(
+    grad: Tensor, image: Tensor, prompt: Tensor | None, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, wants, _ = rest
+    none = weight.new_empty(0)
+    grad_prompt = none.clone() if prompt is None or not wants[0] else prompt.new_empty(prompt.shape)
+    grad_weight = weight.new_empty(weight.shape) if wants[1] else none.clone()
+    return grad_prompt, grad_weight, weight.new_empty(weight.shape[0]) if wants[2] else none.clone()
+
+
+def canvas_size(image: Tensor, frame: int, variant: str) -> Pair:
+    """H, W of the canvas that holds image [N, 3, h, w]: a framed one has the frame around the image."""
+    ring = frame if variant == "framed" else 0
+    return image.shape[2] + 2 * ring, image.shape[3] + 2 * ring
 
 
 def _geometry(

@@ -6,6 +6,7 @@ A new backend or case is tested by being there; this file changes when an op is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 import vpns_kernels
 from vpns_kernels import OPS, unpack
 from vpns_kernels.ops.case import Case
+from vpns_kernels.ops.prompt_conv2d import MEAN, STD
+from vpns_kernels.ops.prompt_conv2d.canvas import compose, normalise, to_unit, wide_dtype
 from vpns_kernels.testing import conv_excess, poisoned_memory
 
 ROWS = [
@@ -71,8 +74,21 @@ def check_batch_norm_act(args: dict[str, Any], result: Any) -> None:
     torch.testing.assert_close(variance.double(), x.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-7)
 
 
+def check_prompt_conv2d(args: dict[str, Any], y: Any) -> None:
+    """Within the error bound of a convolution of the canvas as the reference composes it, channels_last."""
+    dtype = args["dtype"]
+    canvas = compose(
+        to_unit(args["image"], wide_dtype(dtype)), args["prompt"], args["frame"], args["variant"]
+    )
+    x = normalise(canvas, MEAN, STD).to(dtype)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert conv_excess(y, x, args["weight"].to(dtype), args["bias"], args["geometry"]) <= 1
+
+
 CHECKS: dict[str, Callable[[dict[str, Any], Any], None]] = {
     "batch_norm_act": check_batch_norm_act,
+    "prompt_conv2d": check_prompt_conv2d,
     "select_threshold": check_select_threshold,
     "sparse_conv2d": check_sparse_conv2d,
     "sparse_conv2d_fused": check_sparse_conv2d_fused,
@@ -92,6 +108,18 @@ def run(name: str, args: dict[str, Any], backend: str) -> Any:
 def can_run(op: Any, args: dict[str, Any], backend: str) -> bool:
     inputs = {
         "batch_norm_act": lambda: (args["x"], args["weight"], args["bias"], 1e-5, args["residual"], "none"),
+        "prompt_conv2d": lambda: (
+            args["image"],
+            args["prompt"],
+            args["weight"],
+            args["bias"],
+            args["frame"],
+            args["variant"],
+            MEAN,
+            STD,
+            *astuple(args["geometry"])[3:],
+            args["dtype"],
+        ),
         "select_threshold": lambda: (args["scores"], 1),
         "sparse_conv2d": lambda: (args["x"], args["values"]),
         "sparse_conv2d_fused": lambda: (args["x"], args["values"]),
