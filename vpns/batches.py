@@ -29,6 +29,12 @@ class Batch:
     labels: Tensor
     prompted: bool
 
+    def split(self, parts: int) -> list[Batch]:
+        """That many parts in order, which differ by one image at most; fewer where there are fewer images."""
+        parts = max(1, min(parts, len(self.labels)))
+        pairs = zip(self.images.tensor_split(parts), self.labels.tensor_split(parts), strict=True)
+        return [Batch(images, labels, self.prompted) for images, labels in pairs]
+
 
 def derive_seed(*parts: int | str) -> int:
     """A seed of its own for each purpose and position."""

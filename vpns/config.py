@@ -116,6 +116,8 @@ class StageConfig:
         epochs: passes over the training images; 0 leaves the stage at its start.
         batch_size: images per update, at most.
         passes: updates per iteration: 1, or 2 for a prompted batch and then a plain one of another order.
+        accumulate: parts of a batch that are computed one after the other, their gradients added up, where a
+            whole one does not fit in memory; batch norm sees each part by itself.
         optimizer: of scores in search, of weights elsewhere, and of the prompt.
         lr: learning rate.
         prompt_lr: learning rate of the prompt; null for the same.
@@ -127,6 +129,7 @@ class StageConfig:
     epochs: int = 30
     batch_size: int = 64
     passes: Literal[1, 2] = 1
+    accumulate: int = 1
     optimizer: Optimizer = "sgd"
     lr: float = 1e-2
     prompt_lr: float | None = None
@@ -137,6 +140,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         _expect(self.epochs >= 0, self, "epochs >= 0", self.epochs)
         _expect(self.batch_size >= 1, self, "batch_size >= 1 image", self.batch_size)
+        fits = 1 <= self.accumulate <= self.batch_size
+        _expect(fits, self, f"accumulate from 1 to batch_size={self.batch_size}", self.accumulate)
         _expect(self.lr > 0, self, "lr > 0", self.lr)
         _expect(self.prompt_lr is None or self.prompt_lr > 0, self, "prompt_lr > 0, or null", self.prompt_lr)
         _expect(self.weight_decay >= 0, self, "weight_decay >= 0", self.weight_decay)
@@ -183,6 +188,9 @@ class RunConfig:
         pretrain: teaches the network letters; epochs 0 takes it as it is built.
         search: finds the mask, and the prompt, with frozen weights.
         tune: trains the kept weights, and the prompt; the dense reference gets the same.
+        backend: auto trains search and tune by the kernels that are expected to be fastest; reference by
+            torch's dense layers.
+        dtype: of activations in search and tune; bfloat16 keeps weights, scores and prompt in float32.
         seed: of everything random.
         threads: 0 for torch's own choice; a resumed run keeps those it began with.
         device: where torch computes.
@@ -200,6 +208,8 @@ class RunConfig:
     pretrain: PretrainConfig = PretrainConfig()
     search: SearchConfig = SearchConfig()
     tune: TuneConfig = TuneConfig()
+    backend: Literal["auto", "reference"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 7
     threads: int = 0
     device: str = "cpu"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from vpns.batches import Batch
 from vpns.label_map import LabelMap
-from vpns.prompt import Prompt
+from vpns.predictor import Predictor
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,32 +25,37 @@ class Learner:
         refresh: makes the mask follow the scores; does nothing where the mask is fixed.
     """
 
-    prompt: Prompt
-    network: nn.Module
+    predictor: Predictor
     label_map: LabelMap
     optimizer: Optimizer
     refresh: Callable[[], object]
 
 
-def train_step(learner: Learner, batch: Batch) -> tuple[float, int]:
-    """One update; returns the batch's mean loss and how many of its images were right."""
-    images = learner.prompt(batch.images, batch.prompted)
-    logits = learner.label_map(learner.network(images))
-    loss = F.cross_entropy(logits, batch.labels)
-    _expect_finite(loss.item(), "loss")
+def train_step(learner: Learner, parts: Sequence[Batch]) -> tuple[float, int]:
+    """One update, by the mean loss over the images of all parts of a batch, one after the other.
+
+    Returns:
+        That loss, and how many of the images were right.
+    """
+    count = sum(len(part.labels) for part in parts)
+    total, right = 0.0, 0
     learner.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    for part in parts:
+        logits = learner.label_map(learner.predictor(part.images, part.prompted))
+        loss = F.cross_entropy(logits, part.labels, reduction="sum") / count
+        _expect_finite(loss.item(), "loss")
+        loss.backward()
+        total += loss.item()
+        right += int((logits.argmax(1) == part.labels).sum())
     learner.optimizer.step()
     learner.refresh()
-    return loss.item(), int((logits.argmax(1) == batch.labels).sum())
+    return total, right
 
 
 @torch.no_grad()
-def predict_logits(
-    prompt: Prompt, network: nn.Module, label_map: LabelMap, batches: Iterable[Batch]
-) -> Tensor:
+def predict_logits(predictor: Predictor, label_map: LabelMap, batches: Iterable[Batch]) -> Tensor:
     """Logits [N, classes] of the target classes, in the network's present mode."""
-    logits = torch.cat([label_map(network(prompt(batch.images, batch.prompted))) for batch in batches])
+    logits = torch.cat([label_map(predictor(batch.images, batch.prompted)) for batch in batches])
     _expect_finite(logits.sum().item(), "logits")
     return logits
 

@@ -39,6 +39,7 @@ from vpns.methods import find_method
 from vpns.models import MODELS, build_model
 from vpns.observe import EpochMetrics, Observer, Start
 from vpns.optimizers import build_optimizer
+from vpns.predictor import Predictor
 from vpns.prompt import Prompt, build_prompt
 from vpns.run import execute
 from vpns.state import read_stage
@@ -104,6 +105,7 @@ def make_config(model: str, epochs: int, batch_size: int) -> RunConfig:
         prompt=PromptConfig(variant="released", canvas=CANVAS, frame=FRAME),
         pattern="unstructured",
         density=DENSITY,
+        backend="reference",
         pretrain=PretrainConfig(epochs=0),
         search=SearchConfig(epochs=epochs, batch_size=batch_size, lr=1e-4, prompt_lr=1e-4),
         tune=TuneConfig(epochs=epochs, batch_size=batch_size),
@@ -172,10 +174,11 @@ class Lockstep(Observer):
         assert record.result["kept"] == sum(int(mask.sum()) for mask in self.released.masks().values())
         self.released.begin_tuning(self.config.tune.epochs)
 
-    def step(self, learner: Learner, batch: Batch) -> tuple[float, int]:
+    def step(self, learner: Learner, parts: list[Batch]) -> tuple[float, int]:
         """In place of train_step."""
         generator = torch.get_rng_state()
-        loss, right = train_step(learner, batch)
+        (batch,) = parts
+        loss, right = train_step(learner, parts)
         torch.set_rng_state(generator)
         expected = self.released.update(batch.images, batch.labels, batch.prompted)
         assert abs(loss - expected) < 1e-9 * expected
@@ -185,7 +188,7 @@ class Lockstep(Observer):
 
     def _compare(self, learner: Learner) -> None:
         where = f"{self.stage}, update {len(self.seen)}"
-        released, masked = self.released, mask_modules(learner.network)
+        released, masked = self.released, mask_modules(learner.predictor.network)
         assert learner.label_map.sequence is not None
         assert learner.label_map.sequence.tolist() == released.sequence
         masks = released.masks()
@@ -194,10 +197,12 @@ class Lockstep(Observer):
             assert torch.equal(module.mask, masks[name]), f"{where}: mask of {name}"
         assert_close({n: m.scores.detach() for n, m in masked.items()}, detach(released.scores), where)
         own = [f"{name}.{what}" for name in masked for what in ("scores", "mask")]
-        state = {n: t for n, t in learner.network.state_dict().items() if n not in own}
+        state = {n: t for n, t in learner.predictor.network.state_dict().items() if n not in own}
         assert_close(state, detach(released.state), where)
         assert_close(
-            {"raw": detach(learner.prompt.state_dict())["raw"]}, {"raw": released.prompt.detach()}, where
+            {"raw": detach(learner.predictor.prompt.state_dict())["raw"]},
+            {"raw": released.prompt.detach()},
+            where,
         )
 
 
@@ -264,16 +269,20 @@ def make_learner(model: str) -> Learner:
 
 def assemble(network: nn.Module, prompt: Prompt) -> Learner:
     optimizer = build_optimizer(TuneConfig(), network.parameters(), prompt.parameters())
-    return Learner(prompt, network, LabelMap(torch.tensor(SEQUENCE)), optimizer, refresh=lambda: None)
+    return Learner(
+        Predictor(prompt, network), LabelMap(torch.tensor(SEQUENCE)), optimizer, refresh=lambda: None
+    )
 
 
 def transcribe(learner: Learner, dtype: torch.dtype, model: str) -> Released:
     """The transcription in the learner's state, rounded to a precision."""
-    state = {n: t for n, t in learner.network.state_dict().items() if not n.endswith(("scores", "mask"))}
+    state = {
+        n: t for n, t in learner.predictor.network.state_dict().items() if not n.endswith(("scores", "mask"))
+    }
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
     released = Released(state, FORWARDS[model], CANVAS, FRAME, density=1.0)
     # Sign and mask are all that gradients take of the scores; rounded magnitudes could tie with tau.
-    for name, module in mask_modules(learner.network).items():
+    for name, module in mask_modules(learner.predictor.network).items():
         released.scores[name] = (module.scores.detach().sign() * (1 + module.mask.int())).to(dtype)
     released.tau = 1.0
     released.sequence = SEQUENCE
@@ -286,8 +295,8 @@ def transcribe(learner: Learner, dtype: torch.dtype, model: str) -> Released:
 def gradients(learner: Learner, batch: Batch) -> dict[str, Tensor]:
     """Of one update, by name."""
     torch.manual_seed(0)
-    train_step(learner, batch)
-    modules = (("", learner.network), ("prompt.", learner.prompt))
+    train_step(learner, [batch])
+    modules = (("", learner.predictor.network), ("prompt.", learner.predictor.prompt))
     named = {f"{prefix}{n}": p for prefix, module in modules for n, p in module.named_parameters()}
     return {n: p.grad for n, p in named.items() if p.grad is not None}
 
@@ -310,9 +319,9 @@ def test_float32_gradients_are_as_near_to_float64_as_those_of_the_published_form
     rounded = replace(batch, images=images.float())
     truth = released_gradients(transcribe(learner, torch.float64, model), batch)
     usual = released_gradients(transcribe(learner, torch.float32, model), rounded)
-    found = gradients(assemble(learner.network.float(), learner.prompt.float()), rounded)
+    found = gradients(assemble(learner.predictor.network.float(), learner.predictor.prompt.float()), rounded)
     assert found.keys() == truth.keys() == usual.keys()
-    assert len(found) == len(list(learner.network.parameters())) + 1
+    assert len(found) == len(list(learner.predictor.network.parameters())) + 1
     for name, grad in found.items():
         assert grad.dtype == torch.float32
         error, usual_error = (

@@ -15,6 +15,7 @@ from vpns.label_map import LabelMap
 from vpns.masking import attach_masks, refresh, unit_scores
 from vpns.methods import METHODS, Start
 from vpns.optimizers import build_optimizer, learning_rate_frac, load_optimizer, optimizer_tensors
+from vpns.predictor import Predictor
 from vpns.prompt import build_prompt
 from vpns.stages.networks import changing_tensors, is_prompted_at_inference, stage_passes
 from vpns.stages.search import find_phase
@@ -39,7 +40,7 @@ def make_learner(tiny_task: ModuleType, spec: str = "unstructured", density: flo
         refresh(network, pattern, density, "exact")
 
     follow_scores()
-    return Learner(prompt, network, LabelMap(torch.arange(10)), optimizer, follow_scores)
+    return Learner(Predictor(prompt, network), LabelMap(torch.arange(10)), optimizer, follow_scores)
 
 
 def make_batch_of(prompted: bool, count: int = 10) -> Batch:
@@ -49,13 +50,13 @@ def make_batch_of(prompted: bool, count: int = 10) -> Batch:
 
 
 def snapshot(learner: Learner) -> dict[str, Tensor]:
-    state = dict(learner.network.state_dict()) | {"prompt.raw": learner.prompt.raw}
+    state = dict(learner.predictor.network.state_dict()) | {"prompt.raw": learner.predictor.prompt.raw}
     return {name: tensor.detach().clone() for name, tensor in state.items()}  # type: ignore[union-attr]
 
 
 def moved_by_a_step(learner: Learner, batch: Batch) -> set[str]:
     before = snapshot(learner)
-    train_step(learner, batch)
+    train_step(learner, [batch])
     after = snapshot(learner)
     return {name for name in before if not torch.equal(before[name], after[name])}
 
@@ -65,12 +66,12 @@ def test_a_search_step_moves_scores_masks_statistics_and_prompt_but_no_weight(
     tiny_task: ModuleType, spec: str
 ) -> None:
     learner = make_learner(tiny_task, spec, density=0.5)
-    learner.network.train()
+    learner.predictor.network.train()
     moved = moved_by_a_step(learner, make_batch_of(prompted=True))
     kinds = {name.rpartition(".")[2] for name in moved}
     assert {"scores", "raw", "running_mean", "running_var", "num_batches_tracked"} <= kinds
     assert kinds <= {"scores", "mask", "raw", "running_mean", "running_var", "num_batches_tracked"}
-    for module in mask_modules(learner.network).values():
+    for module in mask_modules(learner.predictor.network).values():
         # Pruned units get their gradient too, so that they can return.
         assert module.scores.grad is not None
         assert bool(module.scores.grad[~module.mask].any()) or bool(module.mask.all())
@@ -78,19 +79,19 @@ def test_a_search_step_moves_scores_masks_statistics_and_prompt_but_no_weight(
 
 def test_a_plain_batch_teaches_the_prompt_nothing(tiny_task: ModuleType) -> None:
     learner = make_learner(tiny_task)
-    learner.network.train()
-    train_step(learner, make_batch_of(prompted=True))
+    learner.predictor.network.train()
+    train_step(learner, [make_batch_of(prompted=True)])
     assert "prompt.raw" not in moved_by_a_step(learner, make_batch_of(prompted=False))
 
 
 def test_the_mask_keeps_exactly_its_count_after_every_step(tiny_task: ModuleType) -> None:
     learner = make_learner(tiny_task)
-    learner.network.train()
-    units = sum(module.scores.numel() for module in mask_modules(learner.network).values())
+    learner.predictor.network.train()
+    units = sum(module.scores.numel() for module in mask_modules(learner.predictor.network).values())
     seen = set()
     for _ in range(5):
-        train_step(learner, make_batch_of(prompted=True))
-        masks = [module.mask for module in mask_modules(learner.network).values()]
+        train_step(learner, [make_batch_of(prompted=True)])
+        masks = [module.mask for module in mask_modules(learner.predictor.network).values()]
         assert sum(int(mask.sum()) for mask in masks) == int(DENSITY * units + 0.5)
         seen.add(tuple(torch.cat([mask.flatten() for mask in masks]).tolist()))
     assert len(seen) > 1
@@ -98,26 +99,26 @@ def test_the_mask_keeps_exactly_its_count_after_every_step(tiny_task: ModuleType
 
 def test_a_step_returns_the_loss_and_the_right_images_before_it(tiny_task: ModuleType) -> None:
     learner = make_learner(tiny_task)
-    learner.network.eval()
+    learner.predictor.network.eval()
     batch = make_batch_of(prompted=True)
-    logits = predict_logits(learner.prompt, learner.network, learner.label_map, [batch])
-    loss, right = train_step(learner, batch)
+    logits = predict_logits(learner.predictor, learner.label_map, [batch])
+    loss, right = train_step(learner, [batch])
     assert loss == pytest.approx(float(nn.functional.cross_entropy(logits, batch.labels)))
     assert right == int((logits.argmax(1) == batch.labels).sum())
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_moves(tiny_task: ModuleType) -> None:
     learner = make_learner(tiny_task)
-    learner.network.eval()
+    learner.predictor.network.eval()
     with torch.no_grad():
-        learner.network.fc.bias[0] = float("nan")  # type: ignore[union-attr, operator, index]
+        learner.predictor.network.fc.bias[0] = float("nan")  # type: ignore[union-attr, operator, index]
     before = snapshot(learner)
     with pytest.raises(FloatingPointError, match="expected finite loss, got nan"):
-        train_step(learner, make_batch_of(prompted=True))
+        train_step(learner, [make_batch_of(prompted=True)])
     after = snapshot(learner)
     assert all(torch.equal(before[n].nan_to_num(), after[n].nan_to_num()) for n in before)
     with pytest.raises(FloatingPointError, match="expected finite logits"):
-        predict_logits(learner.prompt, learner.network, learner.label_map, [make_batch_of(True)])
+        predict_logits(learner.predictor, learner.label_map, [make_batch_of(True)])
 
 
 def test_hydra_starts_at_the_scaled_weights_with_their_sign(tiny_task: ModuleType) -> None:
@@ -279,11 +280,11 @@ def test_schedules_train_jointly_or_one_half_after_the_other() -> None:
 
 def test_changing_tensors_are_what_learns_and_the_buffers_of_the_state(tiny_task: ModuleType) -> None:
     learner = make_learner(tiny_task)
-    names = changing_tensors(("network.", learner.network), ("prompt.", learner.prompt))
+    names = changing_tensors(("network.", learner.predictor.network), ("prompt.", learner.predictor.prompt))
     assert "prompt.raw" in names
     assert "prompt.mean" not in names
     assert {name for name in names if name.startswith("network.conv1")} == {
         "network.conv1.scores",
         "network.conv1.mask",
     }
-    assert names["network.bn1.running_mean"] is learner.network.bn1.running_mean  # type: ignore[union-attr]
+    assert names["network.bn1.running_mean"] is learner.predictor.network.bn1.running_mean  # type: ignore[union-attr]

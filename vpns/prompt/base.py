@@ -21,15 +21,24 @@ class Prompt(nn.Module, ABC):
     Args:
         canvas: side of the network input in pixels.
         image_size: side in pixels at which images must arrive.
+
+    Attributes:
+        raw: what is learned, if anything.
+        variant: as `prompt_conv2d` composes it, or None for a prompt that it does not know.
+        frame: width in pixels of what is around the image (framed) or lies over its border (released).
     """
 
     mean: Tensor
     std: Tensor
+    raw: nn.Parameter | None
+    variant: str | None = None
+    frame: int = 0
 
     def __init__(self, canvas: int, image_size: int) -> None:
         super().__init__()
         self.canvas = canvas
         self.image_size = image_size
+        self.register_parameter("raw", None)
         self.register_buffer("mean", torch.tensor(MEAN).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).reshape(3, 1, 1), persistent=False)
 

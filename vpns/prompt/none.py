@@ -11,6 +11,8 @@ from vpns.prompt.base import Prompt, register
 class NoPrompt(Prompt):
     """Normalisation alone, whether prompted or not."""
 
+    variant = "framed"
+
     def compose(self, images: Tensor, prompted: bool) -> Tensor:
         return images
 

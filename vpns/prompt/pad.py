@@ -14,7 +14,9 @@ from vpns_kernels.geometry import PromptGeometry
 class FramedPad(Prompt):
     """Image inside, prompt around it: sigmoid(raw), so that no clamp acts and every entry keeps learning."""
 
+    raw: nn.Parameter
     mask: Tensor
+    variant = "framed"
 
     def __init__(self, geometry: PromptGeometry, frozen: bool) -> None:
         super().__init__(geometry.canvas, geometry.inside)
@@ -30,10 +32,13 @@ class FramedPad(Prompt):
 class ReleasedPad(Prompt):
     """The published code's: raw is added to the border of the full image, and the sum clamped to [0, 1]."""
 
+    raw: nn.Parameter
     mask: Tensor
+    variant = "released"
 
     def __init__(self, geometry: PromptGeometry, frozen: bool) -> None:
         super().__init__(geometry.canvas, geometry.canvas)
+        self.frame = geometry.frame
         self.raw = _zero_canvas(geometry, frozen)
         self.register_buffer("mask", geometry.frame_mask(), persistent=False)
 

@@ -7,6 +7,7 @@ from typing import Any
 from vpns.batches import Pass
 from vpns.files import write_tensors
 from vpns.optimizers import build_optimizer, set_learning_rate
+from vpns.predictor import Predictor
 from vpns.stages.context import Context, Stage
 from vpns.stages.loop import Training, train
 from vpns.stages.networks import (
@@ -34,7 +35,7 @@ def run_dense(context: Context) -> dict[str, Any]:
     training = Training(
         stage="dense",
         settings=config.tune,
-        learner=Learner(prompt, network, label_map, optimizer, refresh=lambda: None),
+        learner=Learner(Predictor(prompt, network), label_map, optimizer, refresh=lambda: None),
         tensors=changing_tensors(("", network)),
         train=context.images.train.to(context.device),
         val=context.images.val.to(context.device),

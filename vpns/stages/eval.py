@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vpns.batches import iterate_split
 from vpns.files import write_tensors
 from vpns.label_map import LabelMap
+from vpns.predictor import Predictor
 from vpns.prompt import Prompt
 from vpns.stages.context import Context, Stage
 from vpns.stages.networks import effective_prompt, label_map_from_list, load_trained, plain_prompt
@@ -23,7 +24,8 @@ def run_eval(context: Context) -> dict[str, Any]:
     test = context.images.test.to(context.device)
 
     def logits_of(network: nn.Module, prompt: Prompt, label_map: LabelMap, prompted: bool) -> Tensor:
-        return predict_logits(prompt, network, label_map, iterate_split(test, prompt.image_size, prompted))
+        batches = iterate_split(test, prompt.image_size, prompted)
+        return predict_logits(Predictor(prompt, network), label_map, batches)
 
     outputs = {
         "dense_logits": logits_of(dense, plain_prompt(context), dense_map, False),

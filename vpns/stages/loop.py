@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from vpns.batches import Batch, Pass, count_iterations, derive_seed, iterate_epoch, iterate_split
 from vpns.config import StageConfig
 from vpns.data import Split
+from vpns.nonfinite import locate_nonfinite
 from vpns.observe import EpochMetrics, Start, Step
 from vpns.optimizers import load_optimizer, optimizer_tensors
 from vpns.stages.context import Context
@@ -108,21 +109,24 @@ class _Loop:
     def _run_epoch(self, is_interrupted: Callable[[], bool]) -> None:
         position, training = self.position, self.training
         passes = training.begin_epoch(position.epoch)
-        training.learner.network.train()
+        training.learner.predictor.train()
         for batches in self._batches(passes):
             try:
                 self._update(batches)
             except FloatingPointError as error:
-                raise FloatingPointError(f"{training.stage}, iteration {self._iteration}: {error}") from error
+                where = locate_nonfinite(training.learner.predictor, batches)
+                raise FloatingPointError(
+                    f"{training.stage}, iteration {self._iteration}: {error}; {where}"
+                ) from error
             position.iteration += 1
             self._save_if(is_interrupted)
 
-    def _update(self, batches: Iterable[Batch]) -> None:
+    def _update(self, batches: Sequence[Batch]) -> None:
         position, config = self.position, self.context.config
         # What draws from torch's own generator, such as dropout, must not depend on where a run was resumed.
         torch.manual_seed(derive_seed(config.seed, self.training.stage, "torch", self._iteration))
         for batch in batches:
-            loss, right = train_step(self.training.learner, batch)
+            loss, right = train_step(self.training.learner, batch.split(self.training.settings.accumulate))
             position.updates += 1
             position.images_seen += len(batch.labels)
             position.epoch_images += len(batch.labels)
@@ -158,9 +162,9 @@ class _Loop:
 
     def _accuracy(self) -> float:
         training, learner = self.training, self.training.learner
-        learner.network.eval()
-        batches = iterate_split(training.val, learner.prompt.image_size, training.is_prompted)
-        logits = predict_logits(learner.prompt, learner.network, learner.label_map, batches)
+        learner.predictor.eval()
+        batches = iterate_split(training.val, learner.predictor.prompt.image_size, training.is_prompted)
+        logits = predict_logits(learner.predictor, learner.label_map, batches)
         right = logits.argmax(1) == training.val.labels
         return 100 * float(right.double().mean())
 
@@ -177,7 +181,7 @@ class _Loop:
             passes,
             (training.stage, self.position.epoch, self.position.iteration),
             training.settings.batch_size,
-            training.learner.prompt.image_size,
+            training.learner.predictor.prompt.image_size,
             config.data,
             config.seed,
         )

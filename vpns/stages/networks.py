@@ -7,14 +7,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from vpns.accelerate import choose_backends, fuse_predictor, set_backends
 from vpns.batches import Pass, derive_seed, iterate_epoch
 from vpns.config import PromptConfig, RunConfig
-from vpns.files import read_tensors
+from vpns.files import read_json, read_tensors, write_json
 from vpns.label_map import LabelMap, count_predictions, frequency_map, identity_map
 from vpns.methods import find_method
 from vpns.models import build_model, replace_head
+from vpns.predictor import Predictor
 from vpns.prompt import Prompt, build_prompt
 from vpns.stages.context import Context
+from vpns.state import SCHEMA_VERSION
 
 
 def load_source(context: Context) -> nn.Module:
@@ -51,6 +54,25 @@ def make_prompt(context: Context, tensors: dict[str, Tensor] | None = None) -> P
     if tensors is not None:
         prompt.load_state_dict(tensors)
     return prompt.to(context.device)
+
+
+def make_predictor(context: Context, prompt: Prompt, network: nn.Module, stage: str) -> Predictor:
+    """Of search or tune; which kernels compute it stands in choice.json before the first update."""
+    config = context.config
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+    predictor = Predictor(prompt, network, dtype)
+    if config.backend == "reference":
+        set_backends(network, "reference")
+        return predictor
+    path = context.stage_folder(stage) / "choice.json"
+    if not path.exists():
+        settings = config.search if stage == "search" else config.tune
+        count = -(-min(settings.batch_size, len(context.images.train)) // settings.accumulate)
+        images = torch.zeros(count, 3, prompt.image_size, prompt.image_size, device=context.device)
+        write_json(path, {"schema_version": SCHEMA_VERSION, "layers": choose_backends(predictor, images)})
+    set_backends(network, read_json(path)["layers"])
+    fused, _ = fuse_predictor(predictor)
+    return fused
 
 
 def plain_prompt(context: Context) -> Prompt:
@@ -116,7 +138,10 @@ def changing_tensors(*modules: tuple[str, nn.Module]) -> dict[str, Tensor]:
     for prefix, module in modules:
         tensors |= {f"{prefix}{n}": p for n, p in module.named_parameters() if p.requires_grad}
         persistent = module.state_dict(keep_vars=True)
-        tensors |= {f"{prefix}{n}": b for n, b in module.named_buffers() if n in persistent}
+        # Where packed weights stand does not change.
+        tensors |= {
+            f"{prefix}{n}": b for n, b in module.named_buffers() if n in persistent and "layout_" not in n
+        }
     return tensors
 
 

@@ -15,6 +15,7 @@ from vpns.files import write_tensors
 from vpns.label_map import LabelMap, check_enough
 from vpns.models import build_model
 from vpns.optimizers import build_optimizer, set_learning_rate
+from vpns.predictor import Predictor
 from vpns.stages.context import Context, Stage
 from vpns.stages.loop import Training, train
 from vpns.stages.networks import changing_tensors, plain_prompt
@@ -58,10 +59,11 @@ def _learn_letters(context: Context, network: nn.Module) -> dict[str, Any]:
         set_learning_rate(optimizer, config.pretrain.schedule, epoch, config.pretrain.epochs)
         return (Pass(prompted=False, augmented=True),) * config.pretrain.passes
 
+    predictor = Predictor(plain_prompt(context), network)
     training = Training(
         stage="pretrain",
         settings=config.pretrain,
-        learner=Learner(plain_prompt(context), network, LabelMap(), optimizer, refresh=lambda: None),
+        learner=Learner(predictor, LabelMap(), optimizer, refresh=lambda: None),
         tensors=changing_tensors(("", network)),
         train=letters.train.to(context.device),
         val=letters.val.to(context.device),

@@ -31,6 +31,7 @@ from vpns.stages.networks import (
     label_map_to_list,
     load_start,
     load_trained,
+    make_predictor,
     make_prompt,
     stage_passes,
 )
@@ -142,6 +143,7 @@ def _plan(
     main = [parameter for parameter in network.parameters() if parameter.requires_grad]
     learned = [parameter for parameter in prompt.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(config.search, main, learned)
+    predictor = make_predictor(context, prompt, network, "search")
 
     def begin_epoch(epoch: int) -> tuple[Pass, ...]:
         phase = find_phase(config.schedule, epoch, config.search.epochs)
@@ -156,7 +158,7 @@ def _plan(
     return Training(
         stage="search",
         settings=config.search,
-        learner=Learner(prompt, network, label_map, optimizer, refresh=follow_scores),
+        learner=Learner(predictor, label_map, optimizer, refresh=follow_scores),
         tensors=changing_tensors(("network.", network), ("prompt.", prompt)),
         train=context.images.train.to(context.device),
         val=context.images.val.to(context.device),

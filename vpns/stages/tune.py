@@ -18,18 +18,20 @@ from vpns.stages.networks import (
     is_prompted_at_inference,
     label_map_from_list,
     load_start,
+    make_predictor,
     make_prompt,
     stage_passes,
 )
 from vpns.step import Learner
-from vpns_kernels.convert import freeze, mask_modules
+from vpns_kernels.convert import densify, freeze, mask_modules, sparsify, weight_masks
 from vpns_kernels.patterns import parse_pattern
 
 
 def run_tune(context: Context) -> dict[str, Any]:
     """Write the pruned network as a plain state dict with zeros in place, its masks and its prompt."""
     config, folder = context.config, context.stage_folder("tune")
-    network = _load_found(context)
+    masked = _load_found(context)
+    network = masked if config.backend == "reference" else _pack(masked, config.pattern)
     prompt = make_prompt(context, read_tensors(context.stage_folder("search") / "prompt.safetensors"))
     weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(config.tune, weights, prompt.parameters())
@@ -38,11 +40,12 @@ def run_tune(context: Context) -> dict[str, Any]:
         set_learning_rate(optimizer, config.tune.schedule, epoch, config.tune.epochs)
         return stage_passes(config, "tune")
 
+    predictor = make_predictor(context, prompt, network, "tune")
     label_map = label_map_from_list(context.finished["search"].result["label_map"]).to(context.device)
     training = Training(
         stage="tune",
         settings=config.tune,
-        learner=Learner(prompt, network, label_map, optimizer, refresh=lambda: None),
+        learner=Learner(predictor, label_map, optimizer, refresh=lambda: None),
         tensors=changing_tensors(("network.", network), ("prompt.", prompt)),
         train=context.images.train.to(context.device),
         val=context.images.val.to(context.device),
@@ -50,13 +53,20 @@ def run_tune(context: Context) -> dict[str, Any]:
         is_prompted=is_prompted_at_inference(config),
     )
     result = train(training, context)
-    write_tensors(folder / "weights.safetensors", freeze(network).state_dict())
-    write_tensors(folder / "masks.safetensors", {n: m.mask for n, m in mask_modules(network).items()})
+    plain = freeze(network) if network is masked else densify(network)
+    write_tensors(folder / "weights.safetensors", plain.state_dict())
+    write_tensors(folder / "masks.safetensors", {n: m.mask for n, m in mask_modules(masked).items()})
     write_tensors(folder / "prompt.safetensors", prompt.state_dict())
     return result
 
 
 TUNE = Stage("tune", run_tune, needs=("search",))
+
+
+def _pack(masked: nn.Module, pattern: str) -> nn.Module:
+    """The same network with packed weights: what is masked takes neither memory nor time."""
+    packed = sparsify(freeze(masked), weight_masks(masked), parse_pattern(pattern))
+    return packed.requires_grad_(True)
 
 
 def _load_found(context: Context) -> nn.Module:

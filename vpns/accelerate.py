@@ -1,0 +1,104 @@
+"""How does a stage's network run faster? The same tensors behind other layers, chosen before it begins.
+
+The network that a stage trains stays as it is: what is saved, loaded and frozen is its tensors. Beside it
+stands its traced graph over the very same layers, where the first convolution composes the prompt and batch
+norms take in what follows them, and every layer is told which backend computes each of its passes. What was
+chosen is written down before the first update and read when a run goes on: another kernel rounds otherwise,
+and masks would drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpns.predictor import Predictor
+from vpns_kernels.batch_norms import fuse_batch_norms
+from vpns_kernels.modules import MaskedConv2d, MaskedLinear
+from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
+from vpns_kernels.tracing import trace
+
+_Trained = MaskedConv2d | MaskedLinear | SparseConv2d | SparseLinear
+
+
+class FusedPredictor(Predictor):
+    """A predictor that runs a traced twin of its network.
+
+    Args:
+        twin: over the network's own layers.
+        is_composing: whether the twin takes images and `prompted`, or what the prompt made of them.
+    """
+
+    def __init__(self, plain: Predictor, twin: nn.Module, is_composing: bool) -> None:
+        super().__init__(plain.prompt, plain.network, plain.dtype)
+        self.twin, self.is_composing = twin, is_composing
+
+    def compute(self, images: Tensor, prompted: bool) -> Tensor:
+        logits: Tensor = (
+            self.twin(images, prompted) if self.is_composing else self.twin(self.prompt(images, prompted))
+        )
+        return logits
+
+
+def fuse_predictor(predictor: Predictor) -> tuple[Predictor, dict[str, Any]]:
+    """A predictor over the same tensors that does more in each pass, and what was done, for the record."""
+    twin = trace(predictor.network)
+    if twin is None:
+        why_not = "torch.fx cannot trace the network"
+        return predictor, {"prompted_stem": why_not, "batch_norms": why_not}
+    norms = fuse_batch_norms(twin)
+    why_not = "no"
+    fused = FusedPredictor(predictor, twin, is_composing=not why_not)
+    return fused, {"prompted_stem": why_not or "fused", "batch_norms": norms}
+
+
+def choose_backends(predictor: Predictor, images: Tensor) -> dict[str, Any]:
+    """For every masked and sparse layer, by name, the choice for each pass; a function of sizes alone.
+
+    Args:
+        images: of a batch's shape; what they show does not matter.
+    """
+    return {name: {"backends": ["auto"] * 3} for name in _input_shapes(predictor, images)}
+
+
+def set_backends(network: nn.Module, backends: Mapping[str, Mapping[str, Any]] | str) -> None:
+    """Tell every masked and sparse layer who computes its passes: as chosen by name, or one for all.
+
+    Raises:
+        ValueError: a layer that nothing was chosen for.
+    """
+    for name, layer in _trained_layers(network).items():
+        if isinstance(backends, str):
+            layer.backends = backends
+        elif name in backends:
+            layer.backends = tuple(backends[name]["backends"])
+        else:
+            raise ValueError(f"set_backends: expected a choice for {name!r}, got {sorted(backends)}")
+
+
+def _trained_layers(network: nn.Module) -> dict[str, _Trained]:
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, _Trained)}
+
+
+@torch.no_grad()
+def _input_shapes(predictor: Predictor, images: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What each trained layer is given; the network is run once, in evaluation mode, and left as it was."""
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    names: dict[nn.Module, str] = {layer: name for name, layer in _trained_layers(predictor.network).items()}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        (x,) = inputs
+        shapes[names[layer]] = tuple(x.shape), predictor.dtype or x.dtype
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in names]
+    was_training = predictor.training
+    try:
+        Predictor.compute(predictor.eval(), images, False)
+    finally:
+        predictor.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return shapes
