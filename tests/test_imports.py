@@ -122,6 +122,7 @@ def test_settings_and_sizes_import_nothing_of_ours(name: str) -> None:
 def test_backends_import_only_what_computing_needs() -> None:
     allowed = (
         "vpns_kernels.geometry",
+        "vpns_kernels.patterns",
         "vpns_kernels.formats",
         "vpns_kernels.native",
         "vpns_kernels.ops._cpu",

@@ -8,12 +8,16 @@ too, so they can return.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpns_kernels.geometry import ConvGeometry, Pair
+from vpns_kernels.ops._torch import autocast_input
+from vpns_kernels.ops.channel_mask import channel_mask
+from vpns_kernels.ops.masked_conv2d import masked_conv2d, masked_linear
 from vpns_kernels.patterns import Pattern
 
 
@@ -38,40 +42,26 @@ class _MaskWeight(torch.autograd.Function):
         return grad_weight, grad_scores, None, None
 
 
-class _MaskChannels(torch.autograd.Function):
-    """activation · mask over dimension 1, with the straight-through gradient sign(S) · Σ a · da."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scores, mask)
-        return x * _along_channels(mask, x).to(x.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, scores, mask = ctx.saved_tensors
-        grad_x = grad_scores = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad * _along_channels(mask, x).to(grad.dtype)
-        if ctx.needs_input_grad[1]:
-            others = [axis for axis in range(x.dim()) if axis != 1]
-            grad_scores = scores.sign() * (x * grad).sum(others).to(scores.dtype)
-        return grad_x, grad_scores, None
-
-
 def copy_attributes(layer: nn.Module, twin: nn.Module) -> None:
     """Sizes, mode and hooks of a layer as they are; the tensors stay behind."""
     tensors = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     twin.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in tensors})
 
 
-def _along_channels(mask: Tensor, x: Tensor) -> Tensor:
-    return mask.reshape(1, -1, *(1 for _ in x.shape[2:]))
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """Contiguous where x is and nothing else, as torch's layers hand on what they get; else y itself."""
+    is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return y.contiguous() if x.is_contiguous() and not is_last else y
 
 
 class _Masked:
-    """What masked layers share: the pattern, the scores, the mask and the masked weight."""
+    """What masked layers share: the pattern, the scores, the mask and the masked weight.
 
+    `backend` is that of the op, for a frozen weight: one name for all passes, or three (forward, gradient of
+    the input, of the scores).
+    """
+
+    backend: str | tuple[str, str, str] = "auto"
     pattern: Pattern
     weight: Tensor
     scores: nn.Parameter
@@ -106,20 +96,43 @@ class MaskedConv2d(_Masked, nn.Conv2d):
     """Conv2d whose weight is multiplied by a mask with learned scores: [N, C, H, W] → [N, K, P, Q]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(input, self.masked_weight(), self.bias)
-        return output
+        if self.weight.requires_grad:
+            output: Tensor = self._conv_forward(input, self.masked_weight(), self.bias)
+            return output
+        if input.dim() == 3:  # one image without a batch dimension, as torch allows
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        x, padding = self._padded(autocast_input(input))
+        stride, dilation = (cast(Pair, tuple(pair)) for pair in (self.stride, self.dilation))
+        kernel_size = cast(Pair, tuple(self.kernel_size))
+        geometry = ConvGeometry(
+            self.in_channels, self.out_channels, kernel_size, stride, padding, dilation, self.groups
+        )
+        mask, scores, bias = self.mask, self.scores, self.bias
+        y = masked_conv2d(x, self.weight, mask, scores, geometry, self.pattern, bias, self.backend)
+        return _in_format_of(input, y)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Pair]:
+        """The input, and the zeros that are yet to be put around it."""
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return x, cast(Pair, tuple(self.padding))
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
 
 
 class MaskedLinear(_Masked, nn.Linear):
     """Linear whose weight is multiplied by a mask with learned scores: [..., C] → [..., K]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.masked_weight(), self.bias)
+        if self.weight.requires_grad:
+            return F.linear(input, self.masked_weight(), self.bias)
+        x, mask, scores = autocast_input(input), self.mask, self.scores
+        return masked_linear(x, self.weight, mask, scores, self.pattern, self.bias, self.backend)
 
 
 class ChannelMask(nn.Module):
     """Multiplies each channel of an activation [N, C, ...] by its mask; several sites may share one."""
 
+    backend: str = "auto"
     scores: nn.Parameter
     mask: Tensor
 
@@ -129,8 +142,7 @@ class ChannelMask(nn.Module):
         self.register_buffer("mask", torch.ones(channels, dtype=torch.bool, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = _MaskChannels.apply(x, self.scores, self.mask)  # type: ignore[no-untyped-call]
-        return result
+        return _in_format_of(x, channel_mask(x, self.scores, self.mask, self.backend))
 
 
 MaskModule = MaskedConv2d | MaskedLinear | ChannelMask

@@ -35,6 +35,20 @@ LIBRARY.define(
     "-> (Tensor grad_x, Tensor grad_values)"
 )
 LIBRARY.define(
+    "masked_conv2d(Tensor x, Tensor weight, Tensor mask, Tensor scores, Tensor? bias, str pattern, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, str[] backends) -> Tensor"
+)
+LIBRARY.define(
+    "masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor mask, Tensor scores, str pattern, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, bool[2] wants, str[] backends) "
+    "-> (Tensor grad_x, Tensor grad_scores)"
+)
+LIBRARY.define("channel_mask(Tensor x, Tensor scores, Tensor mask, str backend) -> Tensor")
+LIBRARY.define(
+    "channel_mask_backward(Tensor grad, Tensor x, Tensor scores, Tensor mask, bool[2] wants, str backend) "
+    "-> (Tensor grad_x, Tensor grad_scores)"
+)
+LIBRARY.define(
     "batch_norm_act(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? residual, str act, str backend) "
     "-> (Tensor y, Tensor mean, Tensor variance)"
 )
@@ -104,6 +118,43 @@ def _sparse_conv2d_backward(
     *_, wants, _ = rest
     grad_x = torch.empty_like(x, memory_format=torch.channels_last) if wants[0] else x.new_empty(0)
     return grad_x, torch.empty_like(values) if wants[1] else values.new_empty(0)
+
+
+@torch.library.register_fake("vpns::masked_conv2d", lib=LIBRARY)
+def _masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    scores: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    backends: Sequence[str],
+) -> Tensor:
+    return _empty_output(x, _geometry(weight.shape, stride, padding, dilation, groups), x.dtype)
+
+
+@torch.library.register_fake("vpns::masked_conv2d_backward", lib=LIBRARY)
+def _masked_conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, scores: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *_, wants, _ = rest
+    return _empty_gradients(x, scores, wants)
+
+
+@torch.library.register_fake("vpns::channel_mask", lib=LIBRARY)
+def _channel_mask(x: Tensor, scores: Tensor, mask: Tensor, backend: str) -> Tensor:
+    return _empty_activation(x)
+
+
+@torch.library.register_fake("vpns::channel_mask_backward", lib=LIBRARY)
+def _channel_mask_backward(
+    grad: Tensor, x: Tensor, scores: Tensor, mask: Tensor, wants: Sequence[bool], backend: str
+) -> tuple[Tensor, Tensor]:
+    return _empty_gradients(x, scores, wants)
 
 
 @torch.library.register_fake("vpns::batch_norm_act", lib=LIBRARY)
@@ -184,3 +235,15 @@ def _empty_output(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tens
     P, Q = geometry.output_size(x.shape[2], x.shape[3])
     shape = (x.shape[0], geometry.out_channels, P, Q)
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _empty_activation(x: Tensor) -> Tensor:
+    """As x; channels_last where it has rows and columns, else contiguous."""
+    channels_last, contiguous = torch.channels_last, torch.contiguous_format
+    return torch.empty_like(x, memory_format=channels_last if x.dim() == 4 else contiguous)
+
+
+def _empty_gradients(x: Tensor, scores: Tensor, wants: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """Of x and of scores, each empty where it is not wanted."""
+    grad_x = _empty_activation(x) if wants[0] else x.new_empty(0)
+    return grad_x, scores.new_empty(scores.shape if wants[1] else 0)

@@ -86,9 +86,31 @@ def check_prompt_conv2d(args: dict[str, Any], y: Any) -> None:
     assert conv_excess(y, x, args["weight"].to(dtype), args["bias"], args["geometry"]) <= 1
 
 
+def check_channel_mask(args: dict[str, Any], y: Any) -> None:
+    """The very numbers of x, or zero."""
+    x, mask = args["x"], args["mask"]
+    memory = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    assert y.dtype == x.dtype
+    assert y.is_contiguous(memory_format=memory)
+    assert torch.equal(y, x * mask.view(1, -1, *(1,) * (x.dim() - 2)))
+
+
+def check_masked_conv2d(args: dict[str, Any], y: Any) -> None:
+    """Within the error bound of the masked weight as it is rounded to x's dtype, channels_last."""
+    x, weight, bias = args["x"], args["weight"], args["bias"]
+    weight = (weight * args["pattern"].expand(args["mask"], tuple(weight.shape))).to(x.dtype)
+    assert y.dtype == x.dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    # The reference rounds the bias as torch does.
+    biases = {None} if bias is None else {bias, bias.to(x.dtype)}
+    assert min(conv_excess(y, x, weight, bias, args["geometry"]) for bias in biases) <= 1
+
+
 CHECKS: dict[str, Callable[[dict[str, Any], Any], None]] = {
     "batch_norm_act": check_batch_norm_act,
     "prompt_conv2d": check_prompt_conv2d,
+    "channel_mask": check_channel_mask,
+    "masked_conv2d": check_masked_conv2d,
     "select_threshold": check_select_threshold,
     "sparse_conv2d": check_sparse_conv2d,
     "sparse_conv2d_fused": check_sparse_conv2d_fused,
@@ -103,6 +125,12 @@ def _poison() -> Iterator[None]:
 
 def run(name: str, args: dict[str, Any], backend: str) -> Any:
     return getattr(vpns_kernels, name)(**args, backend=backend)
+
+
+def masked_conv2d_inputs(args: dict[str, Any]) -> tuple[Any, ...]:
+    """The schema's arguments without the backends."""
+    g, tensors = args["geometry"], (args[name] for name in ("x", "weight", "mask", "scores", "bias"))
+    return (*tensors, args["pattern"].spec, g.stride, g.padding, g.dilation, g.groups)
 
 
 def can_run(op: Any, args: dict[str, Any], backend: str) -> bool:
@@ -120,6 +148,8 @@ def can_run(op: Any, args: dict[str, Any], backend: str) -> bool:
             *astuple(args["geometry"])[3:],
             args["dtype"],
         ),
+        "channel_mask": lambda: (args["x"], args["scores"], args["mask"]),
+        "masked_conv2d": lambda: masked_conv2d_inputs(args),
         "select_threshold": lambda: (args["scores"], 1),
         "sparse_conv2d": lambda: (args["x"], args["values"]),
         "sparse_conv2d_fused": lambda: (args["x"], args["values"]),

@@ -1,11 +1,13 @@
 """What backends made of torch's own operators share."""
 
+from vpns_kernels.ops._torch.autocast import autocast_input
 from vpns_kernels.ops._torch.compact import convolve_compact
 from vpns_kernels.ops._torch.epilogue import ACTS, finish, sum_dtype
 from vpns_kernels.ops._torch.gradients import compact_input_gradient, compact_weight_gradient
 
 __all__ = [
     "ACTS",
+    "autocast_input",
     "compact_input_gradient",
     "compact_weight_gradient",
     "convolve_compact",

@@ -39,7 +39,7 @@ _DENSITIES = (0.0, ONE_UNIT, 0.01, 1.0)
 PATTERNS = ("unstructured", "block:16x16", "block:32x32", "block:8x4", "channel")
 
 
-def _input(geometry: ConvGeometry, size: tuple[int, int, int], memory: str, dtype: torch.dtype) -> Tensor:
+def make_input(geometry: ConvGeometry, size: tuple[int, int, int], memory: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     images, height, width = size
     x = torch.randn(images, geometry.in_channels, height, width, generator=generator).to(dtype)
@@ -70,7 +70,7 @@ def build_args(
     packed = pack(weight, mask.contiguous(), pattern, geometry)
     bias = torch.randn(geometry.out_channels, generator=generator).to(dtype) if has_bias else None
     return {
-        "x": _input(geometry, size, memory, dtype),
+        "x": make_input(geometry, size, memory, dtype),
         "values": packed.values,
         "layout": packed.layout,
         "geometry": geometry,
