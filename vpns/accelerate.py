@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vpns.predictor import Predictor
+from vpns.prompt.stem import fuse_stem
 from vpns_kernels.batch_norms import fuse_batch_norms
 from vpns_kernels.modules import MaskedConv2d, MaskedLinear
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
@@ -50,7 +51,7 @@ def fuse_predictor(predictor: Predictor) -> tuple[Predictor, dict[str, Any]]:
         why_not = "torch.fx cannot trace the network"
         return predictor, {"prompted_stem": why_not, "batch_norms": why_not}
     norms = fuse_batch_norms(twin)
-    why_not = "no"
+    why_not = fuse_stem(twin, predictor.prompt)
     fused = FusedPredictor(predictor, twin, is_composing=not why_not)
     return fused, {"prompted_stem": why_not or "fused", "batch_norms": norms}
 

@@ -34,8 +34,10 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """The twin of a batch norm, over the very same parameters and buffers."""
         twin = cls.__new__(cls)
         nn.Module.__init__(twin)
-        # Including the dictionaries of tensors: who trains or loads one trains or loads the other.
-        twin.__dict__.update(bn.__dict__)
+        # The dictionaries of tensors too: who trains or loads one does so to the other. Hooks stay behind.
+        shared = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+        own = bn.__dict__.items()
+        twin.__dict__.update({key: value for key, value in own if key in shared or not key.startswith("_")})
         twin.act = act
         return twin
 

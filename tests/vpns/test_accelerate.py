@@ -1,0 +1,162 @@
+"""Does a stage's faster predictor compute what the plain one does, over the same tensors?"""
+
+from __future__ import annotations
+
+import copy
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpns.accelerate import FusedPredictor, choose_backends, fuse_predictor, set_backends
+from vpns.config import PromptConfig
+from vpns.masking import attach_masks, refresh
+from vpns.methods import METHODS, Start
+from vpns.predictor import Predictor
+from vpns.prompt import build_prompt
+from vpns.prompt.base import MEAN, STD
+from vpns.prompt.stem import PromptedStem
+from vpns_kernels.convert import freeze, mask_modules, sparsify, weight_masks
+from vpns_kernels.patterns import parse_pattern
+
+PROMPTS = {
+    "framed": PromptConfig(canvas=16, frame=2),
+    "released": PromptConfig(variant="released", canvas=16, frame=2),
+    "none": PromptConfig(kind="none", canvas=16),
+}
+PATTERNS = ("unstructured", "block:4x4", "channel")
+STAGES = ("search", "tune")
+
+
+def make_predictor(tiny_task: ModuleType, prompt: str, spec: str, stage: str) -> Predictor:
+    """As search or tune begins, in float64."""
+    torch.manual_seed(0)
+    plain, pattern = tiny_task.build(12), parse_pattern(spec)
+    scores = METHODS["vpns"].start_scores(Start(plain, None, pattern, 0))
+    network: nn.Module = attach_masks(plain, pattern, scores)
+    refresh(network, pattern, 0.5, "exact")
+    if stage == "tune":
+        network = sparsify(freeze(network), weight_masks(network), pattern).requires_grad_(True)
+    # No chance, which torch's dense layers and a traced network would draw alike but at other moments.
+    network.get_submodule("drop").p = 0.0  # type: ignore[assignment]
+    built = build_prompt(PROMPTS[prompt])
+    if built.raw is not None:
+        nn.init.normal_(built.raw)
+    predictor = Predictor(built, network).double()
+    # Not as rounded to float32, where they were made.
+    for buffer, values in ((built.mean, MEAN), (built.std, STD)):
+        buffer.copy_(torch.tensor(values, dtype=torch.float64).view_as(buffer))
+    return predictor
+
+
+def learn(predictor: Predictor, images: Tensor, prompted: bool = True) -> dict[str, Tensor]:
+    """Logits, gradients and running statistics of one pass."""
+    predictor.zero_grad()
+    logits = predictor(images, prompted)
+    F.cross_entropy(logits, torch.arange(len(images))).backward()
+    parts = (("network.", predictor.network), ("prompt.", predictor.prompt))
+    found = {f"{p}{n}": t.grad for p, m in parts for n, t in m.named_parameters() if t.grad is not None}
+    found |= {n: b.clone() for n, b in predictor.network.named_buffers() if "running" in n}
+    return found | {"logits": logits.detach()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("spec", PATTERNS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_logits_gradients_and_statistics_are_those_of_the_plain_predictor(
+    tiny_task: ModuleType, prompt: str, spec: str, stage: str
+) -> None:
+    plain = make_predictor(tiny_task, prompt, spec, stage)
+    fused, done = fuse_predictor(copy.deepcopy(plain))
+    assert isinstance(fused, FusedPredictor)
+    assert done == {"prompted_stem": "fused", "batch_norms": ["bn1", "bn2"]}
+    images = torch.rand(4, 3, plain.prompt.image_size, plain.prompt.image_size, dtype=torch.float64)
+    for prompted in (True, False):
+        expected, found = learn(plain, images, prompted), learn(fused, images, prompted)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert float((found[name] - tensor).norm() / tensor.norm().clamp_min(1e-6)) < 1e-9, name
+    plain.eval(), fused.eval()
+    torch.testing.assert_close(fused(images, True), plain(images, True))
+
+
+def test_the_faster_predictor_trains_the_very_tensors_of_the_network(tiny_task: ModuleType) -> None:
+    plain = make_predictor(tiny_task, "framed", "block:4x4", "search")
+    fused, _ = fuse_predictor(plain)
+    assert fused.network is plain.network
+    own = {id(p) for p in (*plain.network.parameters(), *plain.prompt.parameters())}
+    assert {id(p) for p in fused.parameters()} == own
+    assert any(isinstance(module, PromptedStem) for module in fused.modules())
+
+
+def test_a_network_that_cannot_be_traced_runs_as_it_is(tiny_task: ModuleType) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x)
+            return y.mean((2, 3)) if y.sum() > 0 else y.amax((2, 3))
+
+    plain = Predictor(build_prompt(PROMPTS["framed"]), Branching())
+    same, done = fuse_predictor(plain)
+    assert same is plain
+    assert "cannot trace" in done["prompted_stem"]
+
+
+@pytest.mark.parametrize("change", ["twice", "grouped", "grey", "padding"])
+def test_a_stem_that_the_op_does_not_take_stays_with_the_reason(change: str) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            groups = 3 if change == "grouped" else 1
+            mode = "reflect" if change == "padding" else "zeros"
+            self.conv = nn.Conv2d(3, 6, 3, padding=1, groups=groups, padding_mode=mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x.mul(2) if change == "grey" else x)
+            return self.conv(x) + y if change == "twice" else y
+
+    plain = Predictor(build_prompt(PROMPTS["framed"]), Odd())
+    fused, done = fuse_predictor(plain)
+    assert done["prompted_stem"] != "fused"
+    assert len(done["prompted_stem"]) > 10
+    images = torch.rand(2, 3, 12, 12)
+    torch.testing.assert_close(fused(images, True), plain(images, True))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_layer_is_told_its_backends_and_the_network_is_left_alone(
+    tiny_task: ModuleType, stage: str
+) -> None:
+    predictor = make_predictor(tiny_task, "framed", "block:4x4", stage).float().train()
+    before = copy.deepcopy(predictor.state_dict())
+    chosen = choose_backends(predictor, torch.zeros(5, 3, 12, 12))
+    assert list(chosen) == ["conv1", "conv2", "fc"]
+    assert all(len(row["backends"]) == 3 for row in chosen.values())
+    assert predictor.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in predictor.state_dict().items())
+    set_backends(predictor.network, chosen)
+    assert predictor.network.get_submodule("conv2").backends == tuple(chosen["conv2"]["backends"])
+    set_backends(predictor.network, "reference")
+    assert predictor.network.get_submodule("conv2").backends == "reference"
+    with pytest.raises(ValueError, match="expected a choice for 'fc', got"):
+        set_backends(predictor.network, {"conv1": chosen["conv1"], "conv2": chosen["conv2"]})
+
+
+def test_bfloat16_keeps_parameters_and_logits_in_float32(tiny_task: ModuleType) -> None:
+    predictor = make_predictor(tiny_task, "framed", "block:4x4", "search").float()
+    half = Predictor(predictor.prompt, predictor.network, torch.bfloat16)
+    fused, _ = fuse_predictor(half)
+    seen = []
+    fused.twin.get_submodule("bn1").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    images = torch.rand(4, 3, 12, 12)
+    found, expected = learn(fused, images), learn(predictor, images)
+    assert seen == [torch.bfloat16]
+    assert found["logits"].dtype == torch.float32
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert float((found["logits"] - expected["logits"]).norm() / expected["logits"].norm()) < 0.05
+    assert len(mask_modules(half.network)) == 3
