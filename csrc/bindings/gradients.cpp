@@ -2,6 +2,7 @@
 
 #include "bindings/convert.h"
 #include "cpu/weight_gradient.h"
+#include "cpu/weight_gradient_unstructured.h"
 
 namespace py = pybind11;
 
@@ -34,13 +35,19 @@ void bind_gradients(py::module_& m) {
 
   m.def(
       "sparse_conv2d_prepare_weight_gradient",
-      [](const std::vector<int64_t>& sizes, const Weights& w) {
+      [](const std::vector<int64_t>& sizes, const Weights& w, const std::string& kernel) {
         const ConvShape s = shape(sizes);
         py::gil_scoped_release release;
         check_sparse_conv2d(s, w.raw);
+        if (w.raw.format == Format::kUnstructured) return prepare_unstructured_gradient(s, w.raw, kernel);
+        check(kernel.empty(), "weight_gradient", "the one kernel of block weights", kernel);
         return prepare_weight_gradient(s, w.raw);
       },
-      py::arg("shape"), py::arg("weights"), "Sums the gradients of kept weights, in their packed order.");
+      py::arg("shape"), py::arg("weights"), py::arg("kernel") = "",
+      "Sums the gradients of kept weights, in their packed order.");
+
+  m.def("unstructured_gradient_kernels", &unstructured_gradient_kernels, py::arg("emulated") = false,
+        "Names of the kernels of unstructured weight gradients that this machine can run, preferred first.");
 }
 
 }  // namespace vpns

@@ -16,11 +16,14 @@
 #include "cpu/sparse_conv2d_block.h"
 #include "cpu/sparse_conv2d_unstructured.h"
 #include "cpu/weight_gradient.h"
+#include "cpu/weight_gradient_unstructured.h"
 
 #define VPNS_LANES 8
 #define VPNS_MAX_SEGMENT kMaxSegmentAvx2
 #define VPNS_RUN_UNSTRUCTURED run_unstructured_avx2
 #define VPNS_RUN_BLOCK_GRAD run_block_grad_avx2
+#define VPNS_MAX_GRAD_SEGMENT kMaxGradSegmentAvx2
+#define VPNS_RUN_UNSTRUCTURED_GRAD run_unstructured_grad_avx2
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx2
 
 namespace vpns {
@@ -28,6 +31,7 @@ namespace {
 #include "cpu/simd.inl"
 #include "cpu/lanes.inl"
 #include "cpu/sparse_conv2d_unstructured.inl"
+#include "cpu/weight_gradient_unstructured.inl"
 #include "cpu/sparse_conv2d_channels.inl"
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"

@@ -14,11 +14,14 @@
 #include "cpu/sparse_conv2d_block.h"
 #include "cpu/sparse_conv2d_unstructured.h"
 #include "cpu/weight_gradient.h"
+#include "cpu/weight_gradient_unstructured.h"
 
 #define VPNS_LANES 16
 #define VPNS_MAX_SEGMENT kMaxSegmentAvx512
 #define VPNS_RUN_UNSTRUCTURED run_unstructured_avx512
 #define VPNS_RUN_BLOCK_GRAD run_block_grad_avx512
+#define VPNS_MAX_GRAD_SEGMENT kMaxGradSegmentAvx512
+#define VPNS_RUN_UNSTRUCTURED_GRAD run_unstructured_grad_avx512
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
 
 namespace vpns {
@@ -26,6 +29,7 @@ namespace {
 #include "cpu/simd.inl"
 #include "cpu/lanes.inl"
 #include "cpu/sparse_conv2d_unstructured.inl"
+#include "cpu/weight_gradient_unstructured.inl"
 #include "cpu/sparse_conv2d_channels.inl"
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"

@@ -18,6 +18,14 @@
 
 namespace vpns {
 
+// A vector length: how many lanes of how many bytes, how many vectors a segment has at most, and how many weights one sum
+// adds up.
+struct UnstructuredVectors {
+  int lanes, lane_bytes, most;
+  int64_t chunk_weights;
+  bool has_gradient;  // of the outputs, laid out beside the planes of a tile
+};
+
 // Lane number (image · patches_h + row of patches) · patches_w + column of patches.
 struct Lanes {
   int count;
@@ -50,11 +58,24 @@ struct UnstructuredPlan {
   int64_t chunks;               // of input channels
   std::vector<int64_t> blocks;  // output channels of block b of a group: [blocks[b], blocks[b + 1])
   std::vector<TapEntry> entries;
+  std::vector<int32_t> from;  // by entry, which packed weight it is
   std::vector<Run> runs;
   std::vector<RunStart> starts;  // [groups][blocks][chunks], and the end
 
   int64_t block_count() const { return static_cast<int64_t>(blocks.size()) - 1; }
 };
+
+// A plan and the images that it takes: as many as there are lanes, or those left over.
+struct UnstructuredPart {
+  UnstructuredPlan plan;
+  int64_t first_image, images;
+};
+
+// Of the weights the values may be null: then their entries are zero.
+std::vector<UnstructuredPart> make_unstructured_parts(const ConvShape&, const SparseWeights&, const UnstructuredVectors&);
+
+// Other values of the same layout.
+void refill(UnstructuredPlan&, const SparseWeights&);
 
 // Images [first_image, first_image + images) of a call; lanes beyond the last stay empty.
 using RunUnstructured = void (*)(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);

@@ -34,9 +34,9 @@ def input_gradient(
 
 
 def why_no_weight_gradient(x: Tensor, values: Tensor) -> str | None:
-    """Blocks, in anything but double precision, on a CPU with AVX2."""
-    if values.dim() != 3:
-        return "it takes block weights"
+    """Unstructured and block weights, in anything but double precision, on a CPU with AVX2."""
+    if values.dim() == 4:
+        return "it takes unstructured and block weights"
     if x.dtype == torch.float64:
         return "it computes in float32"
     return None if native.has_isa("avx2") else "it needs avx2"
@@ -45,12 +45,12 @@ def why_no_weight_gradient(x: Tensor, values: Tensor) -> str | None:
 def weight_gradient(
     grad: Tensor, x: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry
 ) -> Tensor:
-    """Of the kept blocks only, float32 [count, bk, bc] in their packed order."""
+    """Of the kept weights (of block weights, the kept blocks) only: float32, in their packed order."""
     grad = grad.contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.zeros(values.shape, dtype=torch.float32)
+    out = torch.empty(values.shape, dtype=torch.float32)
     if grad.numel() == 0 or out.numel() == 0:
-        return out
+        return out.zero_()
     sizes, weights = _describe(x.shape, values, layout, geometry)
     handle = native.library().sparse_conv2d_prepare_weight_gradient(sizes, weights)
     _, C, H, W = x.shape

@@ -1,0 +1,183 @@
+// Prepares unstructured weights for the index-driven kernels: lanes, tiles, tap offsets, entries by block and chunk.
+#include <algorithm>
+#include <limits>
+
+#include "cpu/sparse_conv2d.h"
+#include "cpu/sparse_conv2d_unstructured.h"
+
+namespace vpns {
+namespace {
+
+// The planes of a tile may fill this share of the second-level cache, from where chunks reach the first.
+constexpr double kPlaneShare = 0.7;
+// A chunk may be this much larger than the first-level cache: sums that pass through it more often cost more than misses.
+constexpr double kChunkShare = 1.2;
+
+// What a patch costs in cycles, roughly, with segments of one size.
+struct Cut {
+  int64_t rows = 1, cols = 1, chunk = 1;
+  double cycles = std::numeric_limits<double>::infinity();
+};
+
+Cut cut_patch(const ConvShape& s, const UnstructuredVectors& v, int64_t patch_p, int64_t patch_q, double entries) {
+  const int64_t channels = s.C / s.groups, filters = s.K / s.groups;
+  Cut best;
+  for (int64_t rows = 1; rows <= std::min<int64_t>(kMaxSegmentRows, patch_p); ++rows)
+    for (int64_t cols = 1; cols <= std::min<int64_t>(v.most / rows, patch_q); ++cols) {
+      const int64_t touched = Planes(s, rows, cols).pixels() * v.lanes * v.lane_bytes;
+      const int64_t most = std::min(static_cast<int64_t>(l1_cache_bytes() * kChunkShare) / touched,
+                                    v.chunk_weights / (s.R * s.S));
+      const int64_t chunks = ceil_div(channels, std::clamp<int64_t>(most, 1, channels));
+      const double vectors = patch_p * patch_q, segments = ceil_div(patch_p, rows) * ceil_div(patch_q, cols);
+      // A weight: a multiply-add per vector and its broadcast. A run: sums in and out, and a loop that ends.
+      const double cycles =
+          entries * (vectors + 2.5 * segments) + static_cast<double>(filters * chunks) * (3 * vectors + 15 * segments);
+      if (cycles < best.cycles) best = {rows, cols, ceil_div(channels, chunks), cycles};
+    }
+  return best;
+}
+
+Lanes make_lanes(const ConvShape& s, int count, int images) {
+  Lanes lanes{count, images, 1, 1, s.P, s.Q};
+  // Halve the longer side until the lanes are full.
+  for (int left = count / images; left > 1; left /= 2) {
+    if (lanes.patch_q > lanes.patch_p) lanes.patches_w *= 2;
+    else lanes.patches_h *= 2;
+    lanes.patch_p = ceil_div(s.P, lanes.patches_h);
+    lanes.patch_q = ceil_div(s.Q, lanes.patches_w);
+  }
+  return lanes;
+}
+
+double entries_per_group(const ConvShape& s, const SparseWeights& weights) {
+  return static_cast<double>(weights.count) / static_cast<double>(s.groups);
+}
+
+// The cheapest way to fill lanes with `images` images.
+Lanes choose_lanes(const ConvShape& s, const UnstructuredVectors& v, int64_t images, double entries) {
+  Lanes best{};
+  double least = std::numeric_limits<double>::infinity();
+  for (int per_vector = v.lanes; per_vector >= 1; per_vector /= 2) {
+    const Lanes lanes = make_lanes(s, v.lanes, per_vector);
+    const double cycles = static_cast<double>(ceil_div(images, per_vector)) *
+                          cut_patch(s, v, lanes.patch_p, lanes.patch_q, entries).cycles;
+    if (cycles < least) {
+      least = cycles;
+      best = lanes;
+    }
+  }
+  return best;
+}
+
+// The tile of whole segments with the least halo whose planes fit the cache.
+Planes choose_tile(const ConvShape& s, const UnstructuredVectors& v, const Lanes& lanes, const Cut& cut) {
+  const int64_t channels = s.C / s.groups, most_bytes = static_cast<int64_t>(l2_cache_bytes() * kPlaneShare);
+  const int64_t beside = v.has_gradient ? s.K / s.groups : 0;  // output channels that lie beside the planes
+  int64_t best_p = std::min(cut.rows, lanes.patch_p), best_q = std::min(cut.cols, lanes.patch_q);
+  double least = std::numeric_limits<double>::infinity();
+  for (int64_t p = cut.rows; p < lanes.patch_p + cut.rows; p += cut.rows)
+    for (int64_t q = cut.cols; q < lanes.patch_q + cut.cols; q += cut.cols) {
+      const int64_t tile_p = std::min(p, lanes.patch_p), tile_q = std::min(q, lanes.patch_q);
+      const Planes planes(s, tile_p, tile_q);
+      if ((planes.pixels() * channels + tile_p * tile_q * beside) * v.lanes * v.lane_bytes > most_bytes) break;
+      const double laid_out = static_cast<double>(planes.pixels() * ceil_div(lanes.patch_p, tile_p) *
+                                                  ceil_div(lanes.patch_q, tile_q));
+      if (laid_out < least) {
+        least = laid_out;
+        best_p = tile_p;
+        best_q = tile_q;
+      }
+    }
+  return Planes(s, best_p, best_q);
+}
+
+// Output channels in blocks of about equally many kept weights.
+std::vector<int64_t> make_blocks(const ConvShape& s, const SparseWeights& weights) {
+  const int64_t filters = s.K / s.groups;
+  std::vector<int64_t> blocks(1, 0);
+  // A row also costs what its sums cost: as much as a few weights.
+  const auto cost = [&](int64_t k) {
+    int64_t kept = 0;
+    for (int64_t g = 0; g < s.groups; ++g) kept += weights.indptr[g * filters + k + 1] - weights.indptr[g * filters + k];
+    return kept + 8 * s.groups;
+  };
+  int64_t total = 0;
+  for (int64_t k = 0; k < filters; ++k) total += cost(k);
+  const int64_t wanted = ceil_div(filters, kMaxBlockFilters);
+  int64_t sum = 0;
+  for (int64_t k = 0; k < filters; ++k) {
+    sum += cost(k);
+    const bool full = k + 1 - blocks.back() == kMaxBlockFilters;
+    const bool share = sum * wanted >= total * static_cast<int64_t>(blocks.size());
+    if (full || share || k + 1 == filters) blocks.push_back(k + 1);
+  }
+  return blocks;
+}
+
+void add_entries(UnstructuredPlan& plan, const SparseWeights& weights, int64_t chunk) {
+  const ConvShape& s = plan.shape;
+  const int64_t channels = s.C / s.groups, filters = s.K / s.groups, taps = s.R * s.S;
+  plan.entries.reserve(weights.count);
+  plan.from.reserve(weights.count);
+  std::vector<std::pair<Run, int32_t>> found;  // and where its weights begin
+  for (int64_t g = 0; g < s.groups; ++g) {
+    // Where in each row the next chunk begins: indices ascend, channels outermost.
+    std::vector<int32_t> next(weights.indptr + g * filters, weights.indptr + (g + 1) * filters);
+    for (int64_t block = 0; block < plan.block_count(); ++block)
+      for (int64_t c = 0; c < plan.chunks; ++c) {
+        const int64_t end = std::min((c + 1) * chunk, channels) * taps;
+        found.clear();
+        for (int64_t k = plan.blocks[block]; k < plan.blocks[block + 1]; ++k) {
+          const int32_t begin = next[k], row_end = weights.indptr[g * filters + k + 1];
+          while (next[k] < row_end && weights.index[next[k]] < end) ++next[k];
+          // The first chunk starts every sum.
+          if (c == 0 || next[k] > begin)
+            found.push_back({{static_cast<int32_t>(k - plan.blocks[block]), next[k] - begin}, begin});
+        }
+        std::stable_sort(found.begin(), found.end(),
+                         [](const auto& a, const auto& b) { return a.first.count < b.first.count; });
+        plan.starts.push_back({static_cast<int64_t>(plan.runs.size()), static_cast<int64_t>(plan.entries.size())});
+        for (const auto& [run, begin] : found) {
+          plan.runs.push_back(run);
+          for (int32_t i = begin; i < begin + run.count; ++i) {
+            const int64_t flat = weights.index[i], channel = flat / taps, r = flat % taps / s.S, col = flat % s.S;
+            const int64_t offset = channel * plan.channel_stride + plan.planes.tap(r, col) * plan.lanes.count;
+            plan.entries.push_back({static_cast<int32_t>(offset), weights.values ? weight_at(weights, i) : 0.0f});
+            plan.from.push_back(i);
+          }
+        }
+      }
+  }
+  plan.starts.push_back({static_cast<int64_t>(plan.runs.size()), static_cast<int64_t>(plan.entries.size())});
+}
+
+UnstructuredPlan make_plan(const ConvShape& s, const SparseWeights& weights, const UnstructuredVectors& v, const Lanes& lanes) {
+  const Cut cut = cut_patch(s, v, lanes.patch_p, lanes.patch_q, entries_per_group(s, weights));
+  UnstructuredPlan plan{s,  lanes, choose_tile(s, v, lanes, cut), cut.rows, cut.cols, 0, ceil_div(s.C / s.groups, cut.chunk),
+                        {}, {},    {},                            {}, {}};
+  // An odd number of cache lines, so that channels spread over the cache's sets.
+  const int64_t line = 64 / v.lane_bytes;
+  plan.channel_stride = (ceil_div(plan.planes.pixels() * v.lanes, line) | 1) * line;
+  plan.blocks = make_blocks(s, weights);
+  add_entries(plan, weights, cut.chunk);
+  return plan;
+}
+
+}  // namespace
+
+std::vector<UnstructuredPart> make_unstructured_parts(const ConvShape& s, const SparseWeights& weights,
+                                                      const UnstructuredVectors& v) {
+  const int64_t whole = s.N / v.lanes * v.lanes, rest = s.N - whole;
+  std::vector<UnstructuredPart> parts;
+  if (whole > 0) parts.push_back({make_plan(s, weights, v, make_lanes(s, v.lanes, v.lanes)), 0, whole});
+  if (rest > 0)
+    parts.push_back({make_plan(s, weights, v, choose_lanes(s, v, rest, entries_per_group(s, weights))), whole, rest});
+  return parts;
+}
+
+void refill(UnstructuredPlan& plan, const SparseWeights& weights) {
+  const int64_t count = static_cast<int64_t>(plan.entries.size());
+  for (int64_t i = 0; i < count; ++i) plan.entries[i].weight = weight_at(weights, plan.from[i]);
+}
+
+}  // namespace vpns
