@@ -27,6 +27,7 @@ PYBIND11_MODULE(_native, m) {
       py::arg("data"), py::arg("counts"), py::arg("kept"), py::arg("threads"));
 
   bind_batch_norm_act(m);
+  bind_prompt_conv2d(m);
 
   py::class_<Weights>(m, "Weights").def(py::init(&weights), py::arg("values"), py::arg("dtype"), py::arg("indptr"),
                                         py::arg("index"), py::arg("sizes"));

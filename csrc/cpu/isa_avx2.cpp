@@ -12,6 +12,7 @@
 
 #include "cpu/batch_norm_act.h"
 #include "cpu/phases.h"
+#include "cpu/prompt_conv2d.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_block.h"
 #include "cpu/sparse_conv2d_unstructured.h"
@@ -37,8 +38,12 @@ namespace {
 #include "cpu/sparse_conv2d_block.inl"
 #include "cpu/weight_gradient.inl"
 #include "cpu/batch_norm_act.inl"
+#include "cpu/prompt_conv2d.inl"
+#include "cpu/prompt_conv2d_gradients.inl"
 }  // namespace
 
 void run_block_avx2(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
+
+PromptSteps run_prompt_steps_avx2() { return prompt_steps<float>(); }
 
 }  // namespace vpns

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/phases.h"
+#include "cpu/prompt_conv2d.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_block.h"
 #include "cpu/sparse_conv2d_unstructured.h"
@@ -34,8 +35,12 @@ namespace {
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
 #include "cpu/weight_gradient.inl"
+#include "cpu/prompt_conv2d.inl"
+#include "cpu/prompt_conv2d_gradients.inl"
 }  // namespace
 
 void run_block_avx512(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
+
+PromptSteps run_prompt_steps_avx512() { return prompt_steps<float>(); }
 
 }  // namespace vpns

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cpu/phases.h"
+#include "cpu/prompt_conv2d.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_block.h"
 
@@ -21,8 +22,12 @@ namespace {
 #include "cpu/sparse_conv2d_channels.inl"
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
+#include "cpu/prompt_conv2d.inl"
+#include "cpu/prompt_conv2d_gradients.inl"
 }  // namespace
 
 void run_block_avx512_bf16(const BlockPlan& plan, const ConvCall& call) { run_block<Bf16>(plan, call); }
+
+PromptSteps run_prompt_steps_avx512_bf16() { return prompt_steps<Bf16>(); }
 
 }  // namespace vpns

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/phases.h"
+#include "cpu/prompt_conv2d.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_amx.h"
 #include "cpu/sparse_conv2d_block.h"
@@ -39,9 +40,14 @@ namespace {
 #include "cpu/weight_gradient.inl"
 #include "cpu/tiles_emulated.inl"
 #include "cpu/sparse_conv2d_amx.inl"
+#include "cpu/prompt_conv2d.inl"
+#include "cpu/prompt_conv2d_gradients.inl"
 }  // namespace
 
 void run_block_avx512_emulated(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
 void run_block_avx512_bf16_emulated(const BlockPlan& plan, const ConvCall& call) { run_block<Bf16>(plan, call); }
+
+PromptSteps run_prompt_steps_avx512_emulated() { return prompt_steps<float>(); }
+PromptSteps run_prompt_steps_avx512_bf16_emulated() { return prompt_steps<Bf16>(); }
 
 }  // namespace vpns

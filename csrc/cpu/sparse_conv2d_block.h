@@ -36,6 +36,8 @@ struct BlockAxis {
   int64_t extent(int64_t outputs) const { return (outputs - 1) * step + (taps - 1) * distance + 1; }
 };
 
+BlockAxis make_block_axis(int64_t taps, int64_t stride, int64_t dilation);
+
 // Kept weights whose inputs are neighbours.
 struct BlockRun {
   int64_t offset;  // cells from an output pixel's base

@@ -193,11 +193,11 @@ void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& st
   }
 }
 
-template <typename Cell>
-void run_block(const BlockPlan& plan, const ConvCall& call) {
+// All outputs of a call whose planes are call.x itself (in_place), or what load(n, p0, q0, begin, end, planes) lays out:
+// rows [begin, end) of the planes of the tile at output (p0, q0) of image n.
+template <typename Cell, typename Load>
+void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, const Load& load) {
   const ConvShape& s = plan.shape;
-  const bool in_place = plan.may_read_in_place && call.x_dtype == (sizeof(Cell) == 4 ? DType::kF32 : DType::kBF16);
-  const LoadRows load = pick_load<Cell>(call);
   const StoreSums store = pick_store(call);
   const int64_t pixel_cells = s.groups * plan.group_cells, image_cells = plan.rows * plan.cols * pixel_cells;
   const int64_t tiles_p = (s.P + plan.tile_p - 1) / plan.tile_p, tiles_q = (s.Q + plan.tile_q - 1) / plan.tile_q;
@@ -229,7 +229,7 @@ void run_block(const BlockPlan& plan, const ConvCall& call) {
       const int64_t q0 = task % tiles_q * plan.tile_q, p0 = task / tiles_q % tiles_p * plan.tile_p;
       const int64_t n0 = task / (tiles_q * tiles_p) * tile_n;
       for (int64_t n = n0; n < std::min(n0 + tile_n, s.N); ++n)
-        load(plan, call, n, p0, q0, begin, end, reinterpret_cast<Cell*>(planes_of(task)) + (n - n0) * image_cells);
+        load(n, p0, q0, begin, end, reinterpret_cast<Cell*>(planes_of(task)) + (n - n0) * image_cells);
     };
     if (shared) {
 #pragma omp for schedule(static)
@@ -262,4 +262,14 @@ void run_block(const BlockPlan& plan, const ConvCall& call) {
     }
     end_streams();
   }
+}
+
+template <typename Cell>
+void run_block(const BlockPlan& plan, const ConvCall& call) {
+  const bool in_place = plan.may_read_in_place && call.x_dtype == (sizeof(Cell) == 4 ? DType::kF32 : DType::kBF16);
+  const LoadRows load = pick_load<Cell>(call);
+  run_block_of<Cell>(plan, call, in_place,
+                     [&](int64_t n, int64_t p0, int64_t q0, int64_t begin, int64_t end, Cell* planes) {
+                       load(plan, call, n, p0, q0, begin, end, planes);
+                     });
 }

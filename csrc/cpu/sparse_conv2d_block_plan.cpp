@@ -29,11 +29,6 @@ constexpr int64_t kStripCost = 16;
 // Input channels that channel weights take at a time, so that the planes of a few pixels stay in the first-level cache.
 constexpr int64_t kChannelChunk = 64;
 
-BlockAxis make_axis(int64_t taps, int64_t stride, int64_t dilation) {
-  const int64_t skip = taps == 1 ? stride : std::gcd(stride, dilation);
-  return {skip, stride / skip, taps == 1 ? 1 : dilation / skip, taps};
-}
-
 class Planner {
  public:
   Planner(const ConvShape& s, const SparseWeights& weights, int64_t lanes, bool pairs, int64_t channels, int64_t bc)
@@ -42,8 +37,8 @@ class Planner {
     const bool alone = pairs && channels % bc == (bc == 1 ? 0 : 1);
     plan_.shape = s;
     plan_.cell_bytes = pairs ? 2 : 4;
-    plan_.h = make_axis(s.R, s.stride_h, s.dilation_h);
-    plan_.w = make_axis(s.S, s.stride_w, s.dilation_w);
+    plan_.h = make_block_axis(s.R, s.stride_h, s.dilation_h);
+    plan_.w = make_block_axis(s.S, s.stride_w, s.dilation_w);
     plan_.group_cells = std::max<int64_t>(channels + alone, 1);
     plan_.may_read_in_place = s.R * s.S == 1 && s.pad_h == 0 && s.pad_w == 0 && !alone && s.groups * channels == s.C &&
                               (s.P - 1) * s.stride_h < s.H && (s.Q - 1) * s.stride_w < s.W;
@@ -210,6 +205,11 @@ BlockPlan plan_channels(const ConvShape& s, const SparseWeights& weights, int64_
 }
 
 }  // namespace
+
+BlockAxis make_block_axis(int64_t taps, int64_t stride, int64_t dilation) {
+  const int64_t skip = taps == 1 ? stride : std::gcd(stride, dilation);
+  return {skip, stride / skip, taps == 1 ? 1 : dilation / skip, taps};
+}
 
 BlockPlan make_block_plan(const ConvShape& s, const SparseWeights& weights, int64_t lanes, bool pairs) {
   return weights.format == Format::kBlock ? plan_blocks(s, weights, lanes, pairs)

@@ -8,7 +8,7 @@ inline void copy_cells(const X* from, int64_t count, Cell* to) {
   } else {
     int64_t c = 0;
     for (; c + 8 <= count; c += 8) store8(to + c, load8(from + c));
-    for (; c < count; ++c) to[c] = widen(from[c]);
+    for (; c < count; ++c) narrow(to + c, widen(from[c]));
   }
 }
 

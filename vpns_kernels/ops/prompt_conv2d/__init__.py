@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vpns_kernels import schemas
 from vpns_kernels.geometry import ConvGeometry
-from vpns_kernels.ops.prompt_conv2d import reference
+from vpns_kernels.ops.prompt_conv2d import cpu, reference
 from vpns_kernels.ops.registry import call, register_op
 
 __all__ = ["prompt_conv2d"]
@@ -20,7 +20,7 @@ VARIANTS = ("framed", "released")
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-_OP = register_op("prompt_conv2d", {"reference": reference})
+_OP = register_op("prompt_conv2d", {"cpu": cpu, "reference": reference})
 
 
 def _dispatch_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

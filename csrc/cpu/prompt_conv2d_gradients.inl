@@ -1,0 +1,273 @@
+// The steps of prompt_conv2d's gradients, for one vector length; after prompt_conv2d.inl.
+
+using HalfVec = uint16_t __attribute__((vector_size(kLanes * 2)));
+using WordVec = uint32_t __attribute__((vector_size(kLanes * 4)));
+
+inline Vec load_wide(const float* from) { return load(from); }
+inline Vec load_wide(const Bf16* from) {
+  HalfVec half;
+  std::memcpy(&half, from, sizeof half);
+  return (Vec)(__builtin_convertvector(half, WordVec) << 16);
+}
+// The first `count` lanes; zeros behind them.
+template <typename X>
+inline Vec load_wide(const X* from, int64_t count) {
+  if (count >= kLanes) return load_wide(from);
+  X some[kLanes] = {};
+  std::memcpy(some, from, count * sizeof(X));
+  return load_wide(some);
+}
+
+template <typename X>
+void sum_images(const PromptBackward& call, const OutputArea& inner, float* total) {
+  const ConvShape& s = call.shape;
+  const auto sum = [&](int64_t begin, int64_t end) {
+    const X* from = static_cast<const X*>(call.grad);
+    copy_cells(from + begin, end - begin, total + begin);
+    for (int64_t n = 1; n < s.N; ++n) {
+      from += s.P * s.Q * s.K;
+      int64_t i = begin;
+      for (; i + kLanes <= end; i += kLanes) store(total + i, load(total + i) + load_wide(from + i));
+      for (; i < end; ++i) total[i] += widen(from[i]);
+    }
+  };
+#pragma omp parallel for num_threads(call.threads) schedule(dynamic, 1)
+  for (int64_t p = 0; p < s.P; ++p) {
+    const bool passes = !inner.is_empty() && p >= inner.p0 && p < inner.p1;
+    const int64_t row = p * s.Q;
+    sum(row * s.K, (row + (passes ? inner.q0 : s.Q)) * s.K);
+    if (passes) sum((row + inner.q1) * s.K, (row + s.Q) * s.K);
+  }
+}
+
+inline float sum_lanes(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// What three colours of pixel (h, w) receive from one image.
+template <typename X>
+inline void pixel_gradient(const FrameGradient& step, const X* grad, int64_t h, int64_t w, float (&found)[3]) {
+  const ConvShape& s = step.call.shape;
+  const int64_t vectors = (s.K + kLanes - 1) / kLanes;
+  // Two sums of each colour, so that fewer additions wait for one another.
+  Vec sum[2][3] = {};
+  for (int64_t i = step.rows.first[h]; i < step.rows.first[h + 1]; ++i)
+    for (int64_t j = step.columns.first[w]; j < step.columns.first[w + 1]; ++j) {
+      const TapsOfAxis::Tap row = step.rows.taps[i], column = step.columns.taps[j];
+      const X* from = grad + (row.output * s.Q + column.output) * s.K;
+      const float* weight = step.weight + (row.tap * s.S + column.tap) * vectors * 3 * kLanes;
+      int64_t v = 0;
+      for (; v + 2 <= vectors; v += 2, weight += 6 * kLanes) {
+        const Vec first = load_wide(from + v * kLanes);
+        const Vec second = load_wide(from + (v + 1) * kLanes, s.K - (v + 1) * kLanes);
+#pragma GCC unroll 3
+        for (int c = 0; c < 3; ++c) {
+          sum[0][c] += first * load(weight + c * kLanes);
+          sum[1][c] += second * load(weight + (3 + c) * kLanes);
+        }
+      }
+      if (v == vectors) continue;
+      const Vec last = load_wide(from + v * kLanes, s.K - v * kLanes);
+#pragma GCC unroll 3
+      for (int c = 0; c < 3; ++c) sum[0][c] += last * load(weight + c * kLanes);
+    }
+  for (int c = 0; c < 3; ++c) found[c] = sum_lanes(sum[0][c] + sum[1][c]);
+}
+
+template <typename X>
+void frame_gradient(const FrameGradient& step) {
+  const PromptBackward& call = step.call;
+  const PromptedImages& images = call.images;
+  const ConvShape& s = call.shape;
+  const int64_t frame = images.frame;
+#pragma omp parallel for num_threads(call.threads) schedule(dynamic, 1)
+  for (int64_t h = 0; h < s.H; ++h) {
+    float* const to = call.grad_canvas + h * s.W * 3;
+    zero_cells(to, 3 * s.W);
+    const bool on_frame = h < frame || h >= s.H - frame;
+    for (int64_t n = 0; n < step.images; ++n) {
+      const X* grad = static_cast<const X*>(step.grad) + n * s.P * s.Q * s.K;
+      for (int64_t w = 0; w < s.W; ++w) {
+        if (!on_frame && w == frame) w = s.W - frame;
+        if (w == s.W) break;
+        bool passes[3] = {true, true, true};
+        if (images.raw != nullptr)
+          for (int c = 0; c < 3; ++c) {
+            const float value =
+                prompt_pixel(images, n * images.stride_n + c * images.stride_c + h * images.stride_h + w * images.stride_w) +
+                images.raw[(h * s.W + w) * 3 + c];
+            passes[c] = value >= 0.0f && value <= 1.0f;
+          }
+        if (!passes[0] && !passes[1] && !passes[2]) continue;
+        float found[3];
+        pixel_gradient(step, grad, h, w, found);
+        for (int c = 0; c < 3; ++c)
+          if (passes[c]) to[w * 3 + c] += found[c];
+      }
+    }
+  }
+}
+
+// sums[cell][k] += Σ over output pixels of x[pixel][cell] · grad[pixel][k]; a word is a pixel, in bf16 a pair of them.
+struct OuterProducts {
+  const uint32_t* x;     // planes, at the first cell
+  const int64_t* pixel;  // words from there, by word of the gradient
+  const float* grad;     // [pixels][kVectors * kLanes] words
+  int64_t pixels;
+  float* sums;  // [cells][kVectors * kLanes]
+};
+
+template <typename Cell, int kVectors, int kCells>
+void add_outer(const OuterProducts& tile) {
+  Vec sum[kCells][kVectors];
+#pragma GCC unroll 16
+  for (int c = 0; c < kCells; ++c)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) sum[c][v] = load(tile.sums + (c * kVectors + v) * kLanes);
+  const float* grad = tile.grad;
+  for (int64_t m = 0; m < tile.pixels; ++m, grad += kVectors * kLanes) {
+    const uint32_t* x = tile.x + tile.pixel[m];
+    Vec g[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) g[v] = load(grad + v * kLanes);
+#pragma GCC unroll 16
+    for (int c = 0; c < kCells; ++c)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[c][v] = multiply_add(Cell{}, x[c], g[v], sum[c][v]);
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < kCells; ++c)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) store(tile.sums + (c * kVectors + v) * kLanes, sum[c][v]);
+}
+
+template <typename Cell, int kVectors, int... kCells>
+constexpr auto outer_products_table(std::integer_sequence<int, kCells...>) {
+  return std::array{add_outer<Cell, kVectors, kCells + 1>...};
+}
+template <typename Cell, int kVectors>
+constexpr auto kAddOuter = outer_products_table<Cell, kVectors>(std::make_integer_sequence<int, kBlockPixels>{});
+
+// Rows of the planes as words: a cell, in bf16 together with the same cell of the next output pixel.
+template <typename Cell>
+void lay_out_words(const WeightGradient& step, const CanvasRows<Cell>& canvases, const GradientTile& tile,
+                   int64_t rows, int64_t cols, Cell* cells, uint32_t* to) {
+  const ConvShape& s = step.call.shape;
+  const int64_t w = tile.area.q0 * s.stride_w - s.pad_w, next = step.w.step * 3;
+  for (int64_t row = 0; row < rows; ++row, to += cols * 3) {
+    compose_row(canvases, std::max<int64_t>(tile.n, 0), tile.area.p0 * s.stride_h - s.pad_h + row * step.h.skip, w, cols,
+                step.w.skip, cells);
+    if constexpr (sizeof(Cell) == 4) {
+      std::memcpy(to, cells, cols * 3 * sizeof(Cell));
+    } else {
+      for (int64_t i = 0; i < cols * 3; ++i) {
+        const uint32_t second = i + next < cols * 3 ? cells[i + next].bits : 0;
+        to[i] = cells[i].bits | second << 16;
+      }
+    }
+  }
+}
+
+// kVectors vectors of the gradient from output channel k on, by words of pixels.
+template <typename Cell, typename X, int kVectors>
+void lay_out_gradient(const ConvShape& s, const X* grad, const OutputArea& area, int64_t k, float* to) {
+  constexpr int64_t kPixels = 4 / sizeof(Cell);
+  for (int64_t p = area.p0; p < area.p1; ++p)
+    for (int64_t q = area.q0; q < area.q1; q += kPixels) {
+      const X* from = grad + (p * s.Q + q) * s.K + k;
+      for (int v = 0; v < kVectors; ++v, to += kLanes) {
+        Vec word = load_wide(from + v * kLanes, s.K - k - v * kLanes);
+        if constexpr (kPixels == 2) {
+          const Vec second = q + 1 < area.q1 ? load_wide(from + s.K + v * kLanes, s.K - k - v * kLanes) : Vec{};
+          word = (Vec)((WordVec)word >> 16 | (WordVec)second);
+        }
+        store(to, word);
+      }
+    }
+}
+
+// A tile's share in the sums of kVectors vectors of output channels.
+template <typename Cell, typename X, int kVectors>
+void add_tile(const WeightGradient& step, const X* grad, const OutputArea& area, int64_t k, const uint32_t* x,
+              int64_t cols, const int64_t* base, int64_t words, float* laid_out, float* sums) {
+  const ConvShape& s = step.call.shape;
+  lay_out_gradient<Cell, X, kVectors>(s, grad, area, k, laid_out);
+  // Neighbouring taps of a row are one run of cells.
+  const bool is_run = step.w.distance == 1;
+  const int64_t runs = is_run ? 1 : s.S, cells = is_run ? 3 * s.S : 3, shares = (cells + kBlockPixels - 1) / kBlockPixels;
+  for (int64_t r = 0; r < s.R; ++r)
+    for (int64_t run = 0; run < runs; ++run)
+      for (int64_t share = 0; share < shares; ++share) {
+        const int64_t first = cells * share / shares, count = cells * (share + 1) / shares - first;
+        const int64_t at = (r * step.h.distance * cols + run * step.w.distance) * 3 + first;
+        float* const to = sums + ((r * s.S + run) * 3 + first) * kVectors * kLanes;
+        kAddOuter<Cell, kVectors>[count - 1]({x + at, base, laid_out, words, to});
+      }
+}
+
+template <typename Cell, typename X>
+void add_gradient_tile(const WeightGradient& step, const CanvasRows<Cell>& canvases, const X* grad,
+                       const GradientTile& tile, float* memory, float* sums) {
+  const ConvShape& s = step.call.shape;
+  const OutputArea& area = tile.area;
+  const int64_t rows = step.h.extent(area.p1 - area.p0), cols = step.w.extent(area.q1 - area.q0);
+  int64_t* const base = reinterpret_cast<int64_t*>(memory);
+  float* const laid_out = memory + 2 * step.pixels;
+  uint32_t* const x = reinterpret_cast<uint32_t*>(laid_out + step.pixels * 2 * kLanes);
+  Cell* const cells = reinterpret_cast<Cell*>(x + step.planes);
+  lay_out_words(step, canvases, tile, rows, cols, cells, x);
+  int64_t words = 0;
+  for (int64_t p = 0; p < area.p1 - area.p0; ++p)
+    for (int64_t q = 0; q < area.q1 - area.q0; q += 4 / sizeof(Cell))
+      base[words++] = (p * step.h.step * cols + q * step.w.step) * 3;
+  const int64_t strip_floats = s.R * s.S * 3 * 2 * kLanes;
+  for (int64_t k = 0; k < s.K; k += 2 * kLanes, sums += strip_floats) {
+    if (s.K - k > kLanes) add_tile<Cell, X, 2>(step, grad, area, k, x, cols, base, words, laid_out, sums);
+    else add_tile<Cell, X, 1>(step, grad, area, k, x, cols, base, words, laid_out, sums);
+  }
+}
+
+template <typename Cell, typename X>
+void weight_gradient(const WeightGradient& step) {
+  const PromptBackward& call = step.call;
+  const int64_t image = call.shape.P * call.shape.Q * call.shape.K, count = static_cast<int64_t>(step.tiles.size());
+  const CanvasRows<Cell> canvases(call.images);
+  // The sum over the batch is not rounded to bf16.
+  const CanvasRows<float> wide_canvases(call.images);
+#pragma omp parallel num_threads(call.threads)
+  {
+    float* const memory = thread_scratch(step.pixels * (2 + 2 * kLanes) + 2 * step.planes);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t chunk = 0; chunk < step.chunks; ++chunk) {
+      float* const sums = step.sums + chunk * step.chunk_floats;
+      zero_cells(sums, step.chunk_floats);
+      for (int64_t i = count * chunk / step.chunks; i < count * (chunk + 1) / step.chunks; ++i) {
+        const GradientTile& tile = step.tiles[i];
+        if (tile.n < 0) add_gradient_tile(step, wide_canvases, step.total, tile, memory, sums);
+        else add_gradient_tile(step, canvases, static_cast<const X*>(call.grad) + tile.n * image, tile, memory, sums);
+      }
+    }
+  }
+}
+
+template <typename Cell>
+PromptSteps prompt_steps() {
+  const auto sum = [](const PromptBackward& call, const OutputArea& inner, float* total) {
+    if (call.grad_dtype == DType::kBF16) sum_images<Bf16>(call, inner, total);
+    else sum_images<float>(call, inner, total);
+  };
+  const auto frame = [](const FrameGradient& step) {
+    if (!step.call.images.is_framed() && step.call.grad_dtype == DType::kBF16) frame_gradient<Bf16>(step);
+    else frame_gradient<float>(step);
+  };
+  const auto weight = [](const WeightGradient& step) {
+    if constexpr (sizeof(Cell) == 2) weight_gradient<Cell, Bf16>(step);
+    else if (step.call.grad_dtype == DType::kBF16) weight_gradient<Cell, Bf16>(step);
+    else weight_gradient<Cell, float>(step);
+  };
+  return {prompt_forward<Cell>, sum, frame, weight};
+}
