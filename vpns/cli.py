@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ _USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, ArithmeticE
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 2 after an error, 130 after Ctrl-C."""
     try:
-        folder, command, config, is_debug = parse(sys.argv[1:] if arguments is None else arguments)
+        asked = parse(sys.argv[1:] if arguments is None else arguments)
     except (ArgumentError, *_USER_ERRORS) as error:
         return _complain(error)
     # Importing torch takes a second, which --help and a mistyped option should not.
@@ -41,19 +42,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from vpns.run import execute
 
     try:
-        execute(folder, config, "report" if command == "run" else command, [Progress()])
+        until = "report" if asked.command == "run" else asked.command
+        execute(asked.folder, asked.config, until, [Progress()], checks=asked.checks)
     except _USER_ERRORS as error:
-        if is_debug:
+        if asked.is_debug:
             raise
         return _complain(error)
     except KeyboardInterrupt:
-        print(f"vpns: interrupted; `vpns {command} {folder}` goes on from here", file=sys.stderr)
+        print(f"vpns: interrupted; `vpns {asked.command} {asked.folder}` goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
 
-def parse(arguments: Sequence[str]) -> tuple[Path, str, RunConfig, bool]:
-    """Run folder, command, settings, and whether to show tracebacks.
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for.
+
+    Args:
+        is_debug: whether to show tracebacks.
+        checks: whether search and tune compare their kernels with the dense reference before they train.
+    """
+
+    folder: Path
+    command: str
+    config: RunConfig
+    is_debug: bool = False
+    checks: bool = False
+
+
+def parse(arguments: Sequence[str]) -> Asked:
+    """What to do, with all settings.
 
     Without --config, a folder that was begun already gives the settings that the command line does not.
     """
@@ -66,7 +84,7 @@ def parse(arguments: Sequence[str]) -> tuple[Path, str, RunConfig, bool]:
         command, chosen = _parse_with(stored, arguments)
     values = chosen.as_dict()
     config = RunConfig.from_dict({field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
-    return folder, command, config, chosen.debug
+    return Asked(folder, command, config, chosen.debug, chosen.check)
 
 
 def _parse_with(defaults: dict[str, Any], arguments: Sequence[str]) -> tuple[str, Namespace]:
@@ -101,6 +119,8 @@ def _build_parser(arguments: Sequence[str], defaults: dict[str, Any]) -> Argumen
         command.add_argument("folder", nargs="?", help="run folder; made if it is missing")
         command.add_argument("--run-folder", "--run_folder", dest="run_folder", help="the same, as an option")
         command.add_argument("--debug", action="store_true", help="show where an error comes from")
+        check = "before search and tune train, compare 20 iterations with the dense reference"
+        command.add_argument("--check", action="store_true", help=check)
         if name in arguments:
             command.add_class_arguments(RunConfig, nested_key=None)
             command.set_defaults(defaults)

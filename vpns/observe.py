@@ -58,6 +58,19 @@ class EpochMetrics:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """A stage's kernels were compared with the dense reference, and agree.
+
+    Args:
+        share: of its bound that the worst gradient was off.
+    """
+
+    stage: str
+    iterations: int
+    share: float
+
+
+@dataclass(frozen=True)
 class End:
     """A stage has finished."""
 
@@ -77,6 +90,9 @@ class Observer:
 
     def on_eval(self, metrics: EpochMetrics) -> None:
         """An epoch was validated."""
+
+    def on_check(self, checked: Checked) -> None:
+        """Kernels and reference were compared."""
 
     def on_end(self, end: End) -> None:
         """A stage has finished."""
@@ -108,6 +124,14 @@ class Progress(Observer):
     def on_eval(self, metrics: EpochMetrics) -> None:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {metrics.loss:.3f}, validation {metrics.accuracy:.1f}")
+
+    def on_check(self, checked: Checked) -> None:
+        print(
+            f"{checked.stage:9} kernels agree with the reference for {checked.iterations} iterations "
+            f"(worst gradient at {checked.share:.0%} of its bound)",
+            file=self._stream,
+            flush=True,
+        )
 
     def on_end(self, end: End) -> None:
         self._close()

@@ -37,9 +37,16 @@ from vpns_kernels.patterns import parse_pattern
 
 
 def execute(
-    folder: Path, config: RunConfig, until: str = "report", observers: Sequence[Observer] = ()
+    folder: Path,
+    config: RunConfig,
+    until: str = "report",
+    observers: Sequence[Observer] = (),
+    checks: bool = False,
 ) -> dict[str, StageRecord]:
     """Do what is still missing of a run, up to a stage and with all that this stage needs.
+
+    Args:
+        checks: whether search and tune first compare their kernels with the dense reference.
 
     Returns:
         The record of each finished stage, by name.
@@ -53,7 +60,7 @@ def execute(
     _check_settings(config)
     with lock_folder(folder):
         config = _open_run(folder, config)
-        context = Context(folder, config, observers)
+        context = Context(folder, config, observers, checks=checks)
         for stage in _needed(until, config):
             context.finished[stage.name] = _do_once(context, stage)
         return context.finished

@@ -2,13 +2,14 @@
 
 // A chunk's two sums per channel are taken while it lies in the first-level cache, where its rows are wide in the second.
 constexpr int64_t kChunkBytes = 16 * 1024;
-constexpr int64_t kLeastChunkPixels = 32;
+// Of narrow rows fewer: a running float sum over more pixels would be far less exact than torch's.
+constexpr int64_t kLeastChunkPixels = 32, kMostChunkPixels = 64;
 
 struct Chunks {
   int64_t pixels, size;
 
   Chunks(int64_t pixels_, int64_t channels, int64_t element_bytes)
-      : pixels(pixels_), size(std::max(kLeastChunkPixels, kChunkBytes / (channels * element_bytes))) {}
+      : pixels(pixels_), size(std::clamp(kChunkBytes / (channels * element_bytes), kLeastChunkPixels, kMostChunkPixels)) {}
 
   int64_t count() const { return (pixels + size - 1) / size; }
   int64_t begin(int64_t chunk) const { return chunk * size; }

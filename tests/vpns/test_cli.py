@@ -47,13 +47,14 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def config_of(arguments: list[str]) -> RunConfig:
-    return cli.parse(arguments)[2]
+    return cli.parse(arguments).config
 
 
 def test_without_options_the_settings_are_the_defaults(tmp_path: Path) -> None:
-    assert cli.parse(["run", str(tmp_path)]) == (tmp_path, "run", RunConfig(), False)
-    assert cli.parse(["search", "--run-folder", "x", "--debug"]) == (Path("x"), "search", RunConfig(), True)
-    assert cli.parse(["eval", "--run_folder=x"])[0] == Path("x")
+    assert cli.parse(["run", str(tmp_path)]) == cli.Asked(tmp_path, "run", RunConfig())
+    asked = cli.Asked(Path("x"), "search", RunConfig(), is_debug=True, checks=True)
+    assert cli.parse(["search", "--run-folder", "x", "--debug", "--check"]) == asked
+    assert cli.parse(["eval", "--run_folder=x"]).folder == Path("x")
 
 
 def test_options_override_the_file_and_the_file_overrides_the_defaults(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_what_print_config_prints_is_a_config(tmp_path: Path, capsys: pytest.Cap
     file.write_text(capsys.readouterr().out)
     config = config_of(["run", "y", "--config", str(file)])
     assert (config.density, config.tune.optimizer) == (0.25, "adam")
-    assert cli.parse(["run", "y", "--config", str(file)])[0] == Path("y")
+    assert cli.parse(["run", "y", "--config", str(file)]).folder == Path("y")
 
 
 @pytest.mark.parametrize(

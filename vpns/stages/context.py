@@ -23,12 +23,14 @@ class Context:
 
     Args:
         finished: the record of each stage that is done, by name.
+        checks: whether search and tune first compare their kernels with the reference.
     """
 
     folder: Path
     config: RunConfig
     observers: Sequence[Observer] = ()
     finished: dict[str, StageRecord] = field(default_factory=dict)
+    checks: bool = False
 
     @cached_property
     def images(self) -> ImageSet:

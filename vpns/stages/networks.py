@@ -56,12 +56,14 @@ def make_prompt(context: Context, tensors: dict[str, Tensor] | None = None) -> P
     return prompt.to(context.device)
 
 
-def make_predictor(context: Context, prompt: Prompt, network: nn.Module, stage: str) -> Predictor:
+def make_predictor(
+    context: Context, prompt: Prompt, network: nn.Module, stage: str, backend: str
+) -> Predictor:
     """Of search or tune; which kernels compute it stands in choice.json before the first update."""
     config = context.config
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
     predictor = Predictor(prompt, network, dtype)
-    if config.backend == "reference":
+    if backend == "reference":
         set_backends(network, "reference")
         return predictor
     path = context.stage_folder(stage) / "choice.json"

@@ -7,6 +7,7 @@ weights would leave them nothing to find.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from vpns.methods import Start, find_method
 from vpns.models import find_head
 from vpns.optimizers import build_optimizer, set_learning_rate
 from vpns.prompt import Prompt
+from vpns.stages.check import compare_training
 from vpns.stages.context import Context, Stage
 from vpns.stages.loop import Training, train
 from vpns.stages.networks import (
@@ -51,7 +53,11 @@ def run_search(context: Context) -> dict[str, Any]:
     label_map = find_label_map(context, network, prompt, "search")
     result: dict[str, Any] = {"label_map": label_map_to_list(label_map)}
     if find_method(config.method).learns_scores:
-        result |= train(_plan(context, network, prompt, label_map, follow_scores), context)
+        if context.checks:
+            ours, theirs = (copy.deepcopy((network, prompt)) for _ in range(2))
+            reference = _plan(context, *theirs, label_map, "reference")
+            compare_training(_plan(context, *ours, label_map, config.backend), reference, context)
+        result |= train(_plan(context, network, prompt, label_map, config.backend), context)
     chosen = follow_scores()
     layers = describe_masks(network)
     _write(context, network, prompt)
@@ -132,18 +138,14 @@ def _refresher(config: RunConfig, network: nn.Module) -> Callable[[], Refresh]:
 
 
 def _plan(
-    context: Context,
-    network: nn.Module,
-    prompt: Prompt,
-    label_map: LabelMap,
-    follow_scores: Callable[[], Refresh],
+    context: Context, network: nn.Module, prompt: Prompt, label_map: LabelMap, backend: str
 ) -> Training:
     config = context.config
     passes = stage_passes(config, "search")
     main = [parameter for parameter in network.parameters() if parameter.requires_grad]
     learned = [parameter for parameter in prompt.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(config.search, main, learned)
-    predictor = make_predictor(context, prompt, network, "search")
+    predictor = make_predictor(context, prompt, network, "search", backend)
 
     def begin_epoch(epoch: int) -> tuple[Pass, ...]:
         phase = find_phase(config.schedule, epoch, config.search.epochs)
@@ -158,7 +160,7 @@ def _plan(
     return Training(
         stage="search",
         settings=config.search,
-        learner=Learner(predictor, label_map, optimizer, refresh=follow_scores),
+        learner=Learner(predictor, label_map, optimizer, refresh=_refresher(config, network)),
         tensors=changing_tensors(("network.", network), ("prompt.", prompt)),
         train=context.images.train.to(context.device),
         val=context.images.val.to(context.device),

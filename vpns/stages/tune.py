@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from vpns.batches import Pass
 from vpns.files import read_tensors, write_tensors
 from vpns.masking import attach_masks
 from vpns.optimizers import build_optimizer, set_learning_rate
+from vpns.prompt import Prompt
+from vpns.stages.check import compare_training
 from vpns.stages.context import Context, Stage
 from vpns.stages.loop import Training, train
 from vpns.stages.networks import (
@@ -31,8 +34,28 @@ def run_tune(context: Context) -> dict[str, Any]:
     """Write the pruned network as a plain state dict with zeros in place, its masks and its prompt."""
     config, folder = context.config, context.stage_folder("tune")
     masked = _load_found(context)
-    network = masked if config.backend == "reference" else _pack(masked, config.pattern)
     prompt = make_prompt(context, read_tensors(context.stage_folder("search") / "prompt.safetensors"))
+    if context.checks:
+        ours, theirs = (copy.deepcopy((masked, prompt)) for _ in range(2))
+        reference = _plan(context, *theirs, "reference")
+        compare_training(_plan(context, *ours, config.backend), reference, context)
+    training = _plan(context, masked, prompt, config.backend)
+    result = train(training, context)
+    network = training.learner.predictor.network
+    plain = freeze(network) if network is masked else densify(network)
+    write_tensors(folder / "weights.safetensors", plain.state_dict())
+    write_tensors(folder / "masks.safetensors", {n: m.mask for n, m in mask_modules(masked).items()})
+    write_tensors(folder / "prompt.safetensors", prompt.state_dict())
+    return result
+
+
+TUNE = Stage("tune", run_tune, needs=("search",))
+
+
+def _plan(context: Context, masked: nn.Module, prompt: Prompt, backend: str) -> Training:
+    """With packed weights, but for the reference, which multiplies dense ones by their masks."""
+    config = context.config
+    network = masked if backend == "reference" else _pack(masked, config.pattern)
     weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(config.tune, weights, prompt.parameters())
 
@@ -40,9 +63,9 @@ def run_tune(context: Context) -> dict[str, Any]:
         set_learning_rate(optimizer, config.tune.schedule, epoch, config.tune.epochs)
         return stage_passes(config, "tune")
 
-    predictor = make_predictor(context, prompt, network, "tune")
+    predictor = make_predictor(context, prompt, network, "tune", backend)
     label_map = label_map_from_list(context.finished["search"].result["label_map"]).to(context.device)
-    training = Training(
+    return Training(
         stage="tune",
         settings=config.tune,
         learner=Learner(predictor, label_map, optimizer, refresh=lambda: None),
@@ -52,15 +75,6 @@ def run_tune(context: Context) -> dict[str, Any]:
         begin_epoch=begin_epoch,
         is_prompted=is_prompted_at_inference(config),
     )
-    result = train(training, context)
-    plain = freeze(network) if network is masked else densify(network)
-    write_tensors(folder / "weights.safetensors", plain.state_dict())
-    write_tensors(folder / "masks.safetensors", {n: m.mask for n, m in mask_modules(masked).items()})
-    write_tensors(folder / "prompt.safetensors", prompt.state_dict())
-    return result
-
-
-TUNE = Stage("tune", run_tune, needs=("search",))
 
 
 def _pack(masked: nn.Module, pattern: str) -> nn.Module:
