@@ -9,13 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vpns.prompt import FramedPad, ReleasedPad
-from vpns_kernels import OPS, ConvGeometry, PromptGeometry, prompt_conv2d
+from vpns_kernels import OPS, ConvGeometry, PromptGeometry, native, prompt_conv2d, schemas
+from vpns_kernels.ops.prompt_conv2d import MEAN, STD, cpu, reference
+from vpns_kernels.ops.prompt_conv2d.canvas import compose, normalise, to_unit
 from vpns_kernels.ops.prompt_conv2d.cases import build_args
+from vpns_kernels.testing import conv_excess, poisoned_memory
 
 CASES = OPS["prompt_conv2d"].cases()
 BACKENDS = tuple(OPS["prompt_conv2d"].backends)
+KERNELS = native.library().prompt_conv2d_kernels(True)
 RESNET = ConvGeometry(3, 8, (7, 7), (2, 2), (3, 3))
 
 
@@ -127,6 +133,179 @@ def test_only_what_is_wanted_is_computed_each_by_its_backend() -> None:
             wants = [bool(wanted >> i & 1) for i in range(3)]
             found = torch.ops.vpns.prompt_conv2d_backward(*inputs, wants, backends)
             assert [tensor.numel() > 0 for tensor in found] == wants
+
+
+def gradients(args: dict[str, Any], backend: str, kernel: str = "") -> list[Tensor]:
+    """Of prompt, weight and bias (empty without one), of a random gradient of the result."""
+    g = args["geometry"]
+    settings = (args["frame"], args["variant"], MEAN, STD, g.stride, g.padding, g.dilation, g.groups)
+    size = args["image"].shape[2:] if args["variant"] == "released" else args["prompt"].shape[1:]
+    shape = (len(args["image"]), g.out_channels, *g.output_size(*size))
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(args["dtype"])
+    inputs = (grad.to(args["dtype"]), args["image"], args["prompt"], args["weight"], *settings)
+    wants = (True, True, args["bias"] is not None)
+    if backend == "reference":
+        return list(reference.run_backward(*inputs, wants))
+    return list(cpu.run_backward(*inputs, wants, kernel))
+
+
+def assert_gradients_are_within_the_bound(args: dict[str, Any], found: list[Tensor]) -> None:
+    """Against float64 by the size of the sums: |error| / Σ|terms| of a few units of float32's roundoff."""
+    wide = args | {
+        name: None if args[name] is None else args[name].double() for name in ("prompt", "weight", "bias")
+    }
+    if args["dtype"] == torch.bfloat16:
+        # What is multiplied is rounded to bfloat16: the canvas and the weight, but no sum.
+        wide["weight"] = args["weight"].bfloat16().double()
+    truth, scale = (float64_gradients(args, wide, absolute) for absolute in (False, True))
+    for ours, theirs, size in zip(found, truth, scale, strict=True):
+        if ours.numel() > 0:
+            assert bool(((ours.double() - theirs).abs() <= 2e-6 * size + 1e-30).all())
+
+
+def float64_gradients(args: dict[str, Any], wide: dict[str, Any], absolute: bool) -> list[Tensor]:
+    """Gradients of the layer in float64; absolute: with the sizes of all terms instead of the terms."""
+    size = (lambda tensor: tensor.abs()) if absolute else (lambda tensor: tensor)
+    g, frame, variant = args["geometry"], args["frame"], args["variant"]
+    prompt = None if wide["prompt"] is None else wide["prompt"].detach().requires_grad_()
+    canvas = normalise(compose(to_unit(args["image"], torch.float64), prompt, frame, variant), MEAN, STD)
+    x = canvas.float().to(args["dtype"]).double().detach()
+    shape = (len(x), g.out_channels, *g.output_size(*x.shape[2:]))
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(args["dtype"]).double()
+    weight = wide["weight"].detach()
+    conv = (g.stride, g.padding, g.dilation, g.groups)
+    of_canvas = conv2d_input(x.shape, size(weight), size(grad), *conv)
+    of_weight = conv2d_weight(size(x), weight.shape, size(grad), *conv)
+    of_prompt = torch.empty(0)
+    if prompt is not None:
+        (of_prompt,) = torch.autograd.grad(canvas, prompt, of_canvas)
+    return [of_prompt, of_weight, size(grad).sum((0, 2, 3))]
+
+
+FITTING = [
+    c for c in CASES if "float64" not in c.name and "depthwise" not in c.name and "empty" not in c.name
+]
+
+
+@pytest.mark.parametrize("case", FITTING, ids=lambda case: case.name)
+def test_native_gradients_are_those_of_float64(case: Any) -> None:
+    args = case.build()
+    if args["prompt"] is None:
+        args["prompt"] = torch.zeros(3, *schemas.canvas_size(args["image"], args["frame"], args["variant"]))
+        args["bias"] = torch.ones(args["geometry"].out_channels)
+    with poisoned_memory():
+        found = gradients(args, "cpu")
+    assert_gradients_are_within_the_bound(args, found)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("variant", ["framed", "released"])
+def test_every_kernel_computes_layer_and_gradients(variant: str, kernel: str) -> None:
+    for layer, pixels in (("resnet", torch.uint8), ("mobile", torch.float32), ("dilated", torch.uint8)):
+        dtype = torch.bfloat16 if "bf16" in kernel else torch.float32
+        args = build_args(layer, variant, pixels, dtype, "bias")
+        g = args["geometry"]
+        sizes = (g.stride, g.padding, g.dilation, g.groups, dtype)
+        inputs = (args["image"], args["prompt"], args["weight"], args["bias"], args["frame"], variant)
+        y = cpu.run(*inputs, MEAN, STD, *sizes, kernel=kernel)
+        canvas = compose(to_unit(args["image"], torch.float32), args["prompt"], args["frame"], variant)
+        x = normalise(canvas, MEAN, STD).to(dtype)
+        assert conv_excess(y, x, args["weight"].to(dtype), args["bias"], g) <= 1
+        assert_gradients_are_within_the_bound(args, gradients(args, "cpu", kernel))
+
+
+def test_a_kernel_that_cannot_run_says_so() -> None:
+    args = build_args("mobile", "framed", torch.uint8, torch.float32)
+    for kernel in ("avx512_bf16_emulated", "sse"):
+        with pytest.raises(ValueError, match=f"expected a kernel that runs here .*'{kernel}'"):
+            gradients(args, "cpu", kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["framed", "released"])
+def test_the_same_bits_each_time_and_for_any_thread_count(variant: str, dtype: torch.dtype) -> None:
+    args = build_args("resnet", variant, torch.uint8, dtype, "bias")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = [prompt_conv2d(**args, backend="cpu"), *gradients(args, "cpu")]
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for _ in range(34):
+                again = [prompt_conv2d(**args, backend="cpu"), *gradients(args, "cpu")]
+                assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("variant", ["framed", "released"])
+def test_an_image_does_not_depend_on_its_batch(variant: str) -> None:
+    args = build_args("cifar", variant, torch.uint8, torch.float32)
+    together = prompt_conv2d(**args, backend="cpu")
+    for i in range(len(args["image"])):
+        alone = prompt_conv2d(**(args | {"image": args["image"][i : i + 1]}), backend="cpu")
+        assert torch.equal(together[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])
+def test_images_of_any_strides(pixels: torch.dtype) -> None:
+    args = build_args("mobile", "framed", pixels, torch.float32)
+    expected = prompt_conv2d(**args, backend="cpu")
+    image = args["image"]
+    large = torch.full((1, 30, 40, 5), 77).to(pixels)
+    view = large[:, 3:22, 5:28, 1:4].permute(0, 3, 1, 2).copy_(image)
+    for same in (view, image.contiguous(), image.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert torch.equal(prompt_conv2d(**(args | {"image": same}), backend="cpu"), expected)
+
+
+def test_the_clamp_passes_gradients_at_its_edges_as_torchs_does() -> None:
+    image = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3).expand(1, 3, 3, 3).contiguous()
+    # Sums below, at and above 0, and below, at and above 1.
+    prompt = torch.tensor([[-0.5, -0.5, 0.0], [0.0, -1.0, 0.0], [0.5, 0.5, 0.5]]).expand(3, 3, 3).contiguous()
+    geometry = ConvGeometry(3, 4, (1, 1))
+    weight = torch.ones(geometry.weight_shape)
+    found = {}
+    for backend in BACKENDS:
+        leaf = prompt.clone().requires_grad_()
+        y = prompt_conv2d(image, leaf, weight, geometry, 1, "released", backend=backend)
+        (found[backend],) = torch.autograd.grad(y.sum(), leaf)
+    assert torch.equal(found["cpu"] != 0, found["reference"] != 0)
+    assert sorted(set((found["cpu"][0] != 0).flatten().tolist())) == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_canvas_of_the_batch_is_ever_in_memory(dtype: torch.dtype) -> None:
+    args = build_args("resnet", "framed", torch.uint8, dtype)
+    args["image"] = args["image"][:1].expand(64, -1, -1, -1)
+    g, canvas = args["geometry"], 3 * 48 * 48
+    sizes = (g.stride, g.padding, g.dilation, g.groups)
+    inputs = (args["image"], args["prompt"], args["weight"])
+    settings = (args["frame"], "framed", MEAN, STD, *sizes)
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, Tensor) and found.shape != y_shape:
+                largest.append(found.numel())
+            return found
+
+    y_shape = cpu.run(*inputs, None, *settings, dtype).shape
+    grad = torch.ones(y_shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    with Watch():
+        cpu.run(*inputs, None, *settings, dtype)
+        cpu.run_backward(grad, *inputs, *settings, (True, True, True))
+    # One prompt at most, or a weight; never a batch of anything.
+    assert max(largest) <= max(canvas, args["weight"].numel())
+
+
+def test_huge_values_and_nan_reach_what_sees_them() -> None:
+    args = build_args("mobile", "framed", torch.float32, torch.float32)
+    args["image"][0, 1, 0, 0] = float("nan")
+    args["prompt"][2, -1, -1] = float("nan")
+    y, expected = (prompt_conv2d(**args, backend=backend) for backend in ("cpu", "reference"))
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert 0 < int(y.isnan().sum()) < y.numel()
 
 
 IMAGE = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
