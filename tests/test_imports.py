@@ -37,6 +37,7 @@ TRAINER_ROOMS = [
     ("vpns.stages", "vpns.report", "vpns.deploy"),
     (
         "vpns.step",
+        "vpns.group",
         "vpns.nonfinite",
         "vpns.accelerate",
         "vpns.predictor",

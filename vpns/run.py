@@ -18,8 +18,10 @@ A run folder holds
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +29,7 @@ import torch
 
 from vpns.config import RunConfig, differing_keys
 from vpns.files import make_folder, read_json, write_json
+from vpns.group import Group, join_group
 from vpns.methods import find_method
 from vpns.observe import End, Observer
 from vpns.prompt import build_prompt
@@ -34,6 +37,9 @@ from vpns.stages import STAGES, Context, Stage
 from vpns.stages.networks import effective_prompt, stage_passes
 from vpns.state import SCHEMA_VERSION, StageRecord, finish_stage, list_outputs, lock_folder, read_stage
 from vpns_kernels.patterns import parse_pattern
+
+# Stages that the processes of a group do together.
+_TRAINING = ("pretrain", "dense", "search", "tune")
 
 
 def execute(
@@ -58,10 +64,13 @@ def execute(
         KeyboardInterrupt: Ctrl-C, after the state was saved.
     """
     _check_settings(config)
-    with lock_folder(folder):
-        config = _open_run(folder, config)
-        context = Context(folder, config, observers, checks=checks)
+    with join_group() as group, _own_folder(folder, group) as own:
+        config = _open_run(own, config, group)
+        context = Context(own, config, observers if group.rank == 0 else (), group=group, checks=checks)
         for stage in _needed(until, config):
+            # What follows training is for one process alone.
+            if group.rank > 0 and stage.name not in _TRAINING:
+                break
             context.finished[stage.name] = _do_once(context, stage)
         return context.finished
 
@@ -103,7 +112,27 @@ def _check_settings(config: RunConfig) -> None:
             )
 
 
-def _open_run(folder: Path, config: RunConfig) -> RunConfig:
+@contextmanager
+def _own_folder(folder: Path, group: Group) -> Iterator[Path]:
+    """The run's folder for the first process; for others a copy, which goes with them.
+
+    All processes compute the same, so that what the others write is never needed again.
+    """
+    if group.rank == 0:
+        with lock_folder(folder):
+            group.wait()  # for the folder to be there
+            group.wait()  # for the others to have their copies
+            yield folder
+        return
+    group.wait()
+    with tempfile.TemporaryDirectory(prefix="vpns-") as temporary:
+        own = Path(temporary) / folder.name
+        shutil.copytree(folder, own, ignore=shutil.ignore_patterns("run.lock"))
+        group.wait()
+        yield own
+
+
+def _open_run(folder: Path, config: RunConfig, group: Group) -> RunConfig:
     """Write the settings down, or check them against those the folder was begun with; set the threads."""
     path = folder / "run.json"
     if path.exists() and _holds_work(folder):
@@ -115,10 +144,16 @@ def _open_run(folder: Path, config: RunConfig) -> RunConfig:
                 "(take another folder)"
             )
         threads = int(begun["threads"])
+        if begun.get("processes", 1) != group.size:
+            raise ValueError(
+                f"run: expected the {begun.get('processes', 1)} processes that {folder} was begun with, "
+                f"got {group.size}"
+            )
     else:
         threads = config.threads or torch.get_num_threads()
         versions = {"torch": str(torch.__version__)}
-        content = {"config": config.to_dict(), "threads": threads, "versions": versions}
+        content = {"config": config.to_dict(), "threads": threads, "processes": group.size}
+        content |= {"versions": versions}
         write_json(path, {"schema_version": SCHEMA_VERSION} | content)
     # Another thread count sums in another order, and a resumed run would end with other weights.
     torch.set_num_threads(threads)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vpns.batches import Batch
+from vpns.group import ALONE, Group
 from vpns.label_map import LabelMap
 from vpns.predictor import Predictor
 
@@ -23,12 +24,14 @@ class Learner:
     Args:
         optimizer: holds what the stage trains: scores and prompt in search, weights and prompt in tune.
         refresh: makes the mask follow the scores; does nothing where the mask is fixed.
+        group: the processes that learn together; one by default.
     """
 
     predictor: Predictor
     label_map: LabelMap
     optimizer: Optimizer
     refresh: Callable[[], object]
+    group: Group = ALONE
 
 
 def train_step(learner: Learner, parts: Sequence[Batch]) -> tuple[float, int]:
@@ -38,18 +41,20 @@ def train_step(learner: Learner, parts: Sequence[Batch]) -> tuple[float, int]:
         That loss, and how many of the images were right.
     """
     count = sum(len(part.labels) for part in parts)
-    total, right = 0.0, 0
+    total, right = 0.0, 0.0
     learner.optimizer.zero_grad(set_to_none=True)
-    for part in parts:
+    for part in map(learner.group.share, parts):
         logits = learner.label_map(learner.predictor(part.images, part.prompted))
         loss = F.cross_entropy(logits, part.labels, reduction="sum") / count
         _expect_finite(loss.item(), "loss")
         loss.backward()
         total += loss.item()
         right += int((logits.argmax(1) == part.labels).sum())
+    learner.group.add_gradients(learner.predictor.parameters())
     learner.optimizer.step()
     learner.refresh()
-    return total, right
+    total, right = learner.group.add(total, right)
+    return total, int(right)
 
 
 @torch.no_grad()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.kernels.networks import ALL, build, images
@@ -167,3 +169,25 @@ def test_a_layer_with_a_forward_of_its_own_is_refused_by_name() -> None:
     with pytest.raises(NotImplementedError, match=r"got NonDynamicallyQuantizableLinear at '1\.out_proj'"):
         mask_layers(network, parse_pattern("unstructured"))
     assert str(network) == str(before)
+
+
+@pytest.mark.parametrize("spec", ["unstructured", "block:4x4"])
+def test_packed_layers_train_under_distributed_data_parallel(tmp_path: Path, spec: str) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
+    pattern = parse_pattern(spec)
+    masks = {
+        name: pattern.expand(torch.rand(pattern.units_shape(tuple(w.shape))) < 0.5, tuple(w.shape))
+        for name, w in (("0", plain[0].weight), ("3", plain[3].weight))
+    }
+    sparse, x = sparsify(plain, masks, pattern), torch.randn(4, 3, 6, 6)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(sparse)
+        wrapped(x).square().sum().backward()
+        found = {name: parameter.grad.clone() for name, parameter in sparse.named_parameters()}
+    finally:
+        dist.destroy_process_group()
+    sparse.zero_grad()
+    sparse(x).square().sum().backward()
+    for name, parameter in sparse.named_parameters():
+        assert torch.equal(found[name], parameter.grad), name

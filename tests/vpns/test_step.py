@@ -107,6 +107,21 @@ def test_a_step_returns_the_loss_and_the_right_images_before_it(tiny_task: Modul
     assert right == int((logits.argmax(1) == batch.labels).sum())
 
 
+@pytest.mark.parametrize("parts", [2, 3, 10, 99])
+def test_accumulated_parts_make_the_update_of_the_whole_batch(tiny_task: ModuleType, parts: int) -> None:
+    batch, found = make_batch_of(prompted=True), []
+    for split in (batch.split(parts), [batch]):
+        learner = make_learner(tiny_task, "block:4x4")
+        # Batch norm by the batch's own statistics would see each part by itself.
+        learner.predictor.eval()
+        found.append((*train_step(learner, split), snapshot(learner)))
+    (loss, right, state), (whole_loss, whole_right, whole) = found
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    assert right == whole_right
+    for name, tensor in whole.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_a_loss_that_is_not_finite_stops_before_anything_moves(tiny_task: ModuleType) -> None:
     learner = make_learner(tiny_task)
     learner.predictor.network.eval()

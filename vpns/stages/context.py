@@ -12,6 +12,7 @@ import torch
 
 from vpns.config import RunConfig
 from vpns.data import ImageSet, load_data
+from vpns.group import ALONE, Group
 from vpns.metrics import MetricsLog
 from vpns.observe import Observer
 from vpns.state import StageRecord
@@ -23,6 +24,7 @@ class Context:
 
     Args:
         finished: the record of each stage that is done, by name.
+        group: the processes that train this run together, this one among them.
         checks: whether search and tune first compare their kernels with the reference.
     """
 
@@ -30,6 +32,7 @@ class Context:
     config: RunConfig
     observers: Sequence[Observer] = ()
     finished: dict[str, StageRecord] = field(default_factory=dict)
+    group: Group = ALONE
     checks: bool = False
 
     @cached_property

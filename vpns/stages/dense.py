@@ -35,7 +35,9 @@ def run_dense(context: Context) -> dict[str, Any]:
     training = Training(
         stage="dense",
         settings=config.tune,
-        learner=Learner(Predictor(prompt, network), label_map, optimizer, refresh=lambda: None),
+        learner=Learner(
+            Predictor(prompt, network), label_map, optimizer, refresh=lambda: None, group=context.group
+        ),
         tensors=changing_tensors(("", network)),
         train=context.images.train.to(context.device),
         val=context.images.val.to(context.device),

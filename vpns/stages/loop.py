@@ -90,7 +90,12 @@ class _Loop:
         updates = self.iterations * sum(len(self.training.begin_epoch(epoch)) for epoch in range(epochs))
         for observer in self.context.observers:
             observer.on_start(Start(self.training.stage, updates, position.updates))
-        with deferred_interrupt() as is_interrupted:
+        with deferred_interrupt() as is_asked:
+
+            def is_interrupted() -> bool:
+                # By anybody: a process that stopped alone would leave the others waiting for its gradients.
+                return self.training.learner.group.add(is_asked())[0] > 0
+
             while position.epoch < epochs:
                 self._run_epoch(is_interrupted)
                 self._validate()
@@ -124,7 +129,10 @@ class _Loop:
     def _update(self, batches: Sequence[Batch]) -> None:
         position, config = self.position, self.context.config
         # What draws from torch's own generator, such as dropout, must not depend on where a run was resumed.
-        torch.manual_seed(derive_seed(config.seed, self.training.stage, "torch", self._iteration))
+        group = self.training.learner.group
+        torch.manual_seed(
+            derive_seed(config.seed, self.training.stage, "torch", self._iteration) + group.rank
+        )
         for batch in batches:
             loss, right = train_step(self.training.learner, batch.split(self.training.settings.accumulate))
             position.updates += 1
@@ -134,6 +142,7 @@ class _Loop:
             position.epoch_right += right
             for observer in self.context.observers:
                 observer.on_step(Step(self.training.stage, position.epoch, self._iteration, loss))
+        group.follow_first([*self.training.learner.predictor.network.buffers()])
 
     def _validate(self) -> None:
         position = self.position
@@ -193,9 +202,10 @@ class _Loop:
     def _save_if(self, is_interrupted: Callable[[], bool]) -> None:
         """Save when it is time to, or when Ctrl-C asks to stop here."""
         is_due = time.monotonic() - self.saved_at >= self.context.config.save_every_s
-        if is_due or is_interrupted():
+        stops = is_interrupted()
+        if is_due or stops:
             self._save()
-        if is_interrupted():
+        if stops:
             raise KeyboardInterrupt
 
     def _save(self) -> None:

@@ -63,7 +63,7 @@ def _learn_letters(context: Context, network: nn.Module) -> dict[str, Any]:
     training = Training(
         stage="pretrain",
         settings=config.pretrain,
-        learner=Learner(predictor, LabelMap(), optimizer, refresh=lambda: None),
+        learner=Learner(predictor, LabelMap(), optimizer, refresh=lambda: None, group=context.group),
         tensors=changing_tensors(("", network)),
         train=letters.train.to(context.device),
         val=letters.val.to(context.device),

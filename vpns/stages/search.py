@@ -160,7 +160,9 @@ def _plan(
     return Training(
         stage="search",
         settings=config.search,
-        learner=Learner(predictor, label_map, optimizer, refresh=_refresher(config, network)),
+        learner=Learner(
+            predictor, label_map, optimizer, refresh=_refresher(config, network), group=context.group
+        ),
         tensors=changing_tensors(("network.", network), ("prompt.", prompt)),
         train=context.images.train.to(context.device),
         val=context.images.val.to(context.device),

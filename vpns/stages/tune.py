@@ -68,7 +68,7 @@ def _plan(context: Context, masked: nn.Module, prompt: Prompt, backend: str) -> 
     return Training(
         stage="tune",
         settings=config.tune,
-        learner=Learner(predictor, label_map, optimizer, refresh=lambda: None),
+        learner=Learner(predictor, label_map, optimizer, refresh=lambda: None, group=context.group),
         tensors=changing_tensors(("network.", network), ("prompt.", prompt)),
         train=context.images.train.to(context.device),
         val=context.images.val.to(context.device),
