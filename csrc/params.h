@@ -41,6 +41,7 @@ struct SparseWeights {
   int64_t count;
   int64_t bk, bc;       // 1, 1 where not block
   int64_t columns = 0;  // of channel weights
+  int threads = 1;      // that may prepare them
 };
 
 // One call: x [N, H, W, C] with contiguous channels and free other strides, y [N, P, Q, K];

@@ -57,5 +57,6 @@ inline Weights weights(uintptr_t values, const std::string& type, uintptr_t indp
 void bind_batch_norm_act(pybind11::module_& m);
 void bind_gradients(pybind11::module_& m);
 void bind_prompt_conv2d(pybind11::module_& m);
+void bind_masked(pybind11::module_& m);
 
 }  // namespace vpns

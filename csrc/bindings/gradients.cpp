@@ -24,14 +24,14 @@ void bind_gradients(py::module_& m) {
       .def(
           "run",
           [](const PreparedWeightGrad& self, uintptr_t x, const std::string& type, int64_t stride_n, int64_t stride_h,
-             int64_t stride_w, uintptr_t grad, uintptr_t weight, uintptr_t out, int threads) {
+             int64_t stride_w, uintptr_t grad, uintptr_t out, int threads) {
             const WeightGradCall call{pointer<const void>(x), dtype(type), stride_n, stride_h, stride_w,
-                                      pointer<const void>(grad), pointer<const float>(weight), pointer<float>(out), threads};
+                                      pointer<const void>(grad), pointer<float>(out), threads};
             py::gil_scoped_release release;
             self.run(call);
           },
           py::arg("x"), py::arg("dtype"), py::arg("stride_n"), py::arg("stride_h"), py::arg("stride_w"), py::arg("grad"),
-          py::arg("weight"), py::arg("out"), py::arg("threads"));
+          py::arg("out"), py::arg("threads"));
 
   m.def(
       "sparse_conv2d_prepare_weight_gradient",

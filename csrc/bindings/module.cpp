@@ -33,6 +33,7 @@ PYBIND11_MODULE(_native, m) {
                                         py::arg("index"), py::arg("sizes"));
 
   bind_gradients(m);
+  bind_masked(m);
 
   py::class_<PreparedConv>(m, "PreparedConv")
       .def(

@@ -22,7 +22,6 @@
 #define VPNS_LANES 8
 #define VPNS_MAX_SEGMENT kMaxSegmentAvx2
 #define VPNS_RUN_UNSTRUCTURED run_unstructured_avx2
-#define VPNS_RUN_BLOCK_GRAD run_block_grad_avx2
 #define VPNS_MAX_GRAD_SEGMENT kMaxGradSegmentAvx2
 #define VPNS_RUN_UNSTRUCTURED_GRAD run_unstructured_grad_avx2
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx2
@@ -43,6 +42,9 @@ namespace {
 }  // namespace
 
 void run_block_avx2(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
+void run_block_grad_avx2(const BlockGradPlan& plan, const WeightGradCall& call) {
+  run_block_grad<float>(plan, call);
+}
 
 PromptSteps run_prompt_steps_avx2() { return prompt_steps<float>(); }
 

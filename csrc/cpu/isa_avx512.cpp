@@ -20,7 +20,6 @@
 #define VPNS_LANES 16
 #define VPNS_MAX_SEGMENT kMaxSegmentAvx512
 #define VPNS_RUN_UNSTRUCTURED run_unstructured_avx512
-#define VPNS_RUN_BLOCK_GRAD run_block_grad_avx512
 #define VPNS_MAX_GRAD_SEGMENT kMaxGradSegmentAvx512
 #define VPNS_RUN_UNSTRUCTURED_GRAD run_unstructured_grad_avx512
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
@@ -40,6 +39,9 @@ namespace {
 }  // namespace
 
 void run_block_avx512(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
+void run_block_grad_avx512(const BlockGradPlan& plan, const WeightGradCall& call) {
+  run_block_grad<float>(plan, call);
+}
 
 PromptSteps run_prompt_steps_avx512() { return prompt_steps<float>(); }
 

@@ -7,11 +7,13 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cpu/phases.h"
 #include "cpu/prompt_conv2d.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_block.h"
+#include "cpu/weight_gradient.h"
 
 #define VPNS_LANES 16
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
@@ -24,9 +26,13 @@ namespace {
 #include "cpu/sparse_conv2d_block.inl"
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"
+#include "cpu/weight_gradient.inl"
 }  // namespace
 
 void run_block_avx512_bf16(const BlockPlan& plan, const ConvCall& call) { run_block<Bf16>(plan, call); }
+void run_block_grad_avx512_bf16(const BlockGradPlan& plan, const WeightGradCall& call) {
+  run_block_grad<Bf16>(plan, call);
+}
 
 PromptSteps run_prompt_steps_avx512_bf16() { return prompt_steps<Bf16>(); }
 

@@ -22,7 +22,6 @@
 #define VPNS_LANES 16
 #define VPNS_MAX_SEGMENT kMaxSegmentAvx512
 #define VPNS_RUN_UNSTRUCTURED run_unstructured_avx512_emulated
-#define VPNS_RUN_BLOCK_GRAD run_block_grad_avx512_emulated
 #define VPNS_MAX_GRAD_SEGMENT kMaxGradSegmentAvx512
 #define VPNS_RUN_UNSTRUCTURED_GRAD run_unstructured_grad_avx512_emulated
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
@@ -45,6 +44,12 @@ namespace {
 }  // namespace
 
 void run_block_avx512_emulated(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
+void run_block_grad_avx512_emulated(const BlockGradPlan& plan, const WeightGradCall& call) {
+  run_block_grad<float>(plan, call);
+}
+void run_block_grad_avx512_bf16_emulated(const BlockGradPlan& plan, const WeightGradCall& call) {
+  run_block_grad<Bf16>(plan, call);
+}
 void run_block_avx512_bf16_emulated(const BlockPlan& plan, const ConvCall& call) { run_block<Bf16>(plan, call); }
 
 PromptSteps run_prompt_steps_avx512_emulated() { return prompt_steps<float>(); }

@@ -45,13 +45,20 @@ std::vector<std::pair<std::string, std::string>> sparse_conv2d_refusals(const Co
   return found;
 }
 
-void check_sparse_conv2d(const ConvShape& s, const SparseWeights& w) {
+void check_conv_shape(const ConvShape& s) {
   const char* me = "sparse_conv2d";
   for (int64_t size : {s.C, s.H, s.W, s.K, s.R, s.S, s.P, s.Q, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w,
-                       s.groups, w.bk, w.bc})
+                       s.groups})
     check(size >= 1 && size < std::numeric_limits<int32_t>::max(), me, "sizes of at least 1", size);
   check(s.N >= 0 && s.pad_h >= 0 && s.pad_w >= 0, me, "a batch and padding of at least 0", s.N);
   check(s.C % s.groups == 0 && s.K % s.groups == 0, me, "channels divisible by groups", s.groups);
+}
+
+void check_sparse_conv2d(const ConvShape& s, const SparseWeights& w) {
+  const char* me = "sparse_conv2d";
+  check_conv_shape(s);
+  for (int64_t size : {w.bk, w.bc})
+    check(size >= 1 && size < std::numeric_limits<int32_t>::max(), me, "blocks of at least 1 x 1", size);
   const int64_t filters = s.K / s.groups, channels = s.C / s.groups;
   if (w.format == Format::kChannel) {
     check(s.groups == 1, me, "channel weights without groups", s.groups);

@@ -58,6 +58,9 @@ std::vector<std::pair<std::string, std::string>> sparse_conv2d_refusals(const Co
 std::unique_ptr<PreparedConv> prepare_input_gradient(const ConvShape&, const SparseWeights& weights, DType grad_dtype,
                                                      const std::string& kernel);
 
+// Refuses sizes that do not make a convolution.
+void check_conv_shape(const ConvShape&);
+
 // Refuses sizes and indices that would make a kernel read or write outside its tensors.
 void check_sparse_conv2d(const ConvShape&, const SparseWeights&);
 

@@ -15,6 +15,12 @@ inline float bf16_to_float(uint16_t half) {
   return value;
 }
 
+inline uint16_t float_to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
 inline float fp16_to_float(uint16_t half) {
   _Float16 value;
   std::memcpy(&value, &half, sizeof value);

@@ -8,19 +8,10 @@
 #include <memory>
 #include <numeric>
 
-#include "checks.h"
-#include "cpu/kernels.h"
+#include "cpu/input_gradient.h"
 
 namespace vpns {
 namespace {
-
-// One axis of one remainder class: which taps it uses and the stride-1 convolution that they form.
-struct AxisClass {
-  int64_t first;             // input row of the class's first output
-  int64_t extent;            // how many rows it has
-  int64_t pad, dilation;     // of the convolution over dy; pad may be negative
-  std::vector<int64_t> tap;  // by its own tap, the forward tap
-};
 
 AxisClass axis_class(int64_t remainder, int64_t input, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
   AxisClass axis{remainder, remainder < input ? (input - remainder + stride - 1) / stride : 0, 0, 1, {}};
@@ -36,13 +27,6 @@ AxisClass axis_class(int64_t remainder, int64_t input, int64_t taps, int64_t str
 int64_t element_bytes(DType dtype) {
   return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2;
 }
-
-// The transposed weight of one class, in the portable order: rows are input channels (block: blocks of them).
-struct Transposed {
-  std::vector<char> values;
-  std::vector<int32_t> indptr, index;
-  SparseWeights view{};
-};
 
 struct Entry {
   int32_t row, column, from;
@@ -72,35 +56,35 @@ std::vector<Entry> class_entries(const ConvShape& s, const SparseWeights& w, con
 }
 
 // Channel weights: the lists change places, and the class's taps are picked in their order.
-Transposed transpose_channels(const ConvShape& s, const SparseWeights& w, const AxisClass& h, const AxisClass& v) {
+OwnedWeights transpose_channels(const ConvShape& s, const SparseWeights& w, const AxisClass& h, const AxisClass& v) {
   const int64_t bytes = element_bytes(w.dtype), taps = s.R * s.S;
-  Transposed t;
+  OwnedWeights t;
   t.indptr.assign(w.index, w.index + w.columns);
   t.index.assign(w.indptr, w.indptr + w.count);
   const char* from = static_cast<const char*>(w.values);
   const bool has_taps = !h.tap.empty() && !v.tap.empty();
-  t.values.assign(w.columns * w.count * (has_taps ? h.tap.size() * v.tap.size() : 1) * bytes, 0);
-  char* to = t.values.data();
+  t.values = std::make_unique<char[]>(w.columns * w.count * (has_taps ? h.tap.size() * v.tap.size() : 1) * bytes);
+  char* to = t.values.get();
   for (int64_t c = 0; c < w.columns && has_taps; ++c)
     for (int64_t k = 0; k < w.count; ++k)
       for (int64_t r : h.tap)
         for (int64_t col : v.tap)
           to = std::copy_n(from + ((k * w.columns + c) * taps + r * s.S + col) * bytes, bytes, to);
-  t.view = {w.format, w.dtype, t.values.data(), t.indptr.data(), t.index.data(), w.columns, 1, 1, w.count};
+  t.view = {w.format, w.dtype, t.values.get(), t.indptr.data(), t.index.data(), w.columns, 1, 1, w.count};
   return t;
 }
 
-Transposed transpose(const ConvShape& s, const SparseWeights& w, const AxisClass& h, const AxisClass& v) {
+OwnedWeights transpose(const ConvShape& s, const SparseWeights& w, const AxisClass& h, const AxisClass& v) {
   if (w.format == Format::kChannel) return transpose_channels(s, w, h, v);
   const int64_t channels = s.C / s.groups, rows = s.groups * ((channels + w.bc - 1) / w.bc);
   const int64_t bytes = element_bytes(w.dtype);
   const std::vector<Entry> entries = class_entries(s, w, h, v);
-  Transposed t;
+  OwnedWeights t;
   t.indptr.assign(rows + 1, 0);
   t.index.reserve(entries.size());
-  t.values.resize(entries.size() * w.bk * w.bc * bytes);
+  t.values = std::make_unique<char[]>(entries.size() * w.bk * w.bc * bytes);
   const char* from = static_cast<const char*>(w.values);
-  char* to = t.values.data();
+  char* to = t.values.get();
   for (const Entry& entry : entries) {
     ++t.indptr[entry.row + 1];
     t.index.push_back(entry.column);
@@ -109,14 +93,15 @@ Transposed transpose(const ConvShape& s, const SparseWeights& w, const AxisClass
         std::copy_n(from + ((entry.from * w.bk + k) * w.bc + c) * bytes, bytes, to);
   }
   std::partial_sum(t.indptr.begin(), t.indptr.end(), t.indptr.begin());
-  t.view = {w.format, w.dtype, t.values.data(), t.indptr.data(), t.index.data(), static_cast<int64_t>(entries.size()),
+  t.view = {w.format, w.dtype, t.values.get(), t.indptr.data(), t.index.data(), static_cast<int64_t>(entries.size()),
             w.bc,     w.bk};
   return t;
 }
 
 class PreparedInputGradient final : public PreparedConv {
  public:
-  PreparedInputGradient(const ConvShape& s, const SparseWeights& w, DType grad_dtype, const std::string& kernel)
+  PreparedInputGradient(const ConvShape& s, const TransposeClass& transpose_class, DType grad_dtype,
+                        const std::string& kernel)
       : shape_(s) {
     for (int64_t a = 0; a < std::min(s.stride_h, s.H); ++a)
       for (int64_t b = 0; b < std::min(s.stride_w, s.W); ++b) {
@@ -127,7 +112,7 @@ class PreparedInputGradient final : public PreparedConv {
           h.tap.clear();
           v.tap.clear();
         }
-        const Transposed t = transpose(s, w, h, v);
+        const OwnedWeights t = transpose_class(h, v);
         const int64_t R = std::max<int64_t>(h.tap.size(), 1), S = std::max<int64_t>(v.tap.size(), 1);
         const ConvShape own{s.N, s.K,      s.P, s.Q,   s.C,   R,          S,          h.extent, v.extent,
                             1,   1,        h.pad, v.pad, h.dilation, v.dilation, s.groups};
@@ -159,9 +144,15 @@ class PreparedInputGradient final : public PreparedConv {
 
 }  // namespace
 
+std::unique_ptr<PreparedConv> prepare_input_gradient(const ConvShape& shape, const TransposeClass& transpose_class,
+                                                     DType grad_dtype, const std::string& kernel) {
+  return std::make_unique<PreparedInputGradient>(shape, transpose_class, grad_dtype, kernel);
+}
+
 std::unique_ptr<PreparedConv> prepare_input_gradient(const ConvShape& shape, const SparseWeights& weights,
                                                      DType grad_dtype, const std::string& kernel) {
-  return std::make_unique<PreparedInputGradient>(shape, weights, grad_dtype, kernel);
+  const auto transpose_class = [&](const AxisClass& h, const AxisClass& w) { return transpose(shape, weights, h, w); };
+  return prepare_input_gradient(shape, transpose_class, grad_dtype, kernel);
 }
 
 }  // namespace vpns

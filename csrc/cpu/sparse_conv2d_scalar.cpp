@@ -1,17 +1,10 @@
 // The plain loop over kept weights, for every CPU and every type: the kernels' own reference, so its sums are double.
 #include <algorithm>
-#include <cmath>
 
 #include "cpu/sparse_conv2d.h"
 
 namespace vpns {
 namespace {
-
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return static_cast<uint16_t>(std::isnan(value) ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 template <typename X>
 double read(X value) { return value; }
@@ -19,7 +12,7 @@ double read(Bf16 value) { return bf16_to_float(value.bits); }
 double read(Fp16 value) { return fp16_to_float(value.bits); }
 template <typename Y>
 void write(Y* to, double value) { *to = static_cast<Y>(value); }
-void write(Bf16* to, double value) { to->bits = to_bf16(static_cast<float>(value)); }
+void write(Bf16* to, double value) { to->bits = float_to_bf16(static_cast<float>(value)); }
 void write(Fp16* to, double value) {
   const _Float16 half = static_cast<_Float16>(static_cast<float>(value));
   std::memcpy(to, &half, sizeof half);

@@ -1,6 +1,7 @@
 #include "cpu/weight_gradient.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "checks.h"
 #include "cpu/isa.h"
@@ -9,56 +10,154 @@
 namespace vpns {
 namespace {
 
-// Laid-out input and gradient of a tile stay within this many bytes, so that they are read from the second-level cache.
-constexpr int64_t kTileBytes = 512 * 1024;
+// What a block reads of a tile stays in the second-level cache, a tile in the third.
+constexpr int64_t kOperandBytes = 256 * 1024, kTileBytes = 4 * 1024 * 1024;
+// Words that share a pass over the pixels, where blocks are narrower.
+constexpr int64_t kSpanWords = 96;
 
-BlockGradPlan make_plan(const ConvShape& s, const SparseWeights& w, int64_t lanes) {
-  const int64_t channels = s.C / s.groups, filters = s.K / s.groups, taps = s.R * s.S;
-  const std::vector<int32_t> none(s.groups * ceil_div(filters, w.bk) + 1, 0);
-  SparseWeights empty = w;
-  empty.indptr = none.data();
-  empty.count = 0;
-  BlockGradPlan plan{make_block_plan(s, empty, lanes, false), w.bk, w.bc, ceil_div(w.bk, lanes) * lanes, 0, 1, {}};
-  const BlockPlan& reader = plan.reader;
-  const int64_t rows_per_group = ceil_div(filters, w.bk), pixel = s.groups * reader.group_cells;
-  plan.padded_filters = s.groups * rows_per_group * plan.padded_bk;
-  if (reader.tile_p >= s.P && reader.tile_q >= s.Q) {
-    const int64_t image_bytes = 4 * (reader.rows * reader.cols * pixel + s.P * s.Q * plan.padded_filters);
-    plan.images = std::clamp<int64_t>(kTileBytes / image_bytes, 1, std::max<int64_t>(s.N, 1));
+struct GradKernel {
+  const char* name;
+  Isa isa;
+  bool emulated;  // only by name
+  int64_t lanes;
+  bool pairs;  // words of two bf16 images
+  RunBlockGrad run;
+};
+
+const std::vector<GradKernel>& grad_kernels() {
+  static const std::vector<GradKernel> table = {
+#if defined(VPNS_WITH_AVX512_BF16)
+      {"avx512_bf16", Isa::kAvx512Bf16, false, 16, true, run_block_grad_avx512_bf16},
+#endif
+#if defined(VPNS_WITH_AVX512)
+      {"avx512", Isa::kAvx512, false, 16, false, run_block_grad_avx512},
+#endif
+#if defined(VPNS_WITH_AVX2)
+      {"avx2", Isa::kAvx2, false, 8, false, run_block_grad_avx2},
+      {"avx512_emulated", Isa::kAvx2, true, 16, false, run_block_grad_avx512_emulated},
+      {"avx512_bf16_emulated", Isa::kAvx2, true, 16, true, run_block_grad_avx512_bf16_emulated},
+#endif
+  };
+  return table;
+}
+
+const GradKernel& choose_grad_kernel(const std::string& name, DType dtype) {
+  for (const GradKernel& kernel : grad_kernels())
+    if ((name.empty() ? !kernel.emulated : name == kernel.name) && isa_usable(kernel.isa) &&
+        (!kernel.pairs || dtype == DType::kBF16))
+      return kernel;
+  fail("weight_gradient", "a kernel for this type on a CPU with AVX2", name.empty() ? "none, or a cap below it" : name);
+}
+
+void set_tile(BlockGradPlan& plan) {
+  const ConvShape& s = plan.shape;
+  const int64_t units = ceil_div(s.N, plan.images), chunks = s.groups * plan.chunks_per_group;
+  plan.tile_p = s.P;
+  plan.tile_q = s.Q;
+  plan.tile_units = 1;
+  const auto too_large = [&] {
+    plan.rows = plan.h.extent(plan.tile_p);
+    plan.cols = plan.w.extent(plan.tile_q);
+    const int64_t chunk = 4 * plan.chunk_words(), row = 4 * plan.row_words();
+    return std::max(chunk, row) > kOperandBytes || chunks * chunk + s.groups * plan.rows_per_group * row > kTileBytes;
+  };
+  while (too_large() && plan.tile_p > 1) plan.tile_p = even_tile(s.P, plan.tile_p - 1);
+  while (too_large() && plan.tile_q > 16) plan.tile_q = even_tile(s.Q, plan.tile_q - 1);
+  if (plan.tile_p < s.P || plan.tile_q < s.Q) return;
+  while (plan.tile_units < units) {
+    ++plan.tile_units;
+    if (!too_large()) continue;
+    plan.tile_units = even_tile(units, plan.tile_units - 1);
+    return;
   }
-  plan.blocks.reserve(w.count);
-  for (int64_t row = 0; row < s.groups * rows_per_group; ++row)
-    for (int32_t i = w.indptr[row]; i < w.indptr[row + 1]; ++i) {
-      const int64_t tap = w.index[i] % taps, c = w.index[i] / taps * w.bc;
-      const int64_t at = tap / s.S * reader.h.distance * reader.cols + tap % s.S * reader.w.distance;
-      plan.blocks.push_back({at * pixel + row / rows_per_group * reader.group_cells + c, row * plan.padded_bk,
-                             std::min(w.bc, channels - c)});
+}
+
+// Consecutive blocks of a row whose words follow each other become one span.
+void add_spans(BlockGradPlan& plan) {
+  const int64_t count = static_cast<int64_t>(plan.blocks.size());
+  for (int64_t i = 0; i < count; ++i) {
+    const BlockGradPlan::Block& block = plan.blocks[i];
+    if (!plan.spans.empty()) {
+      BlockGradPlan::Span& span = plan.spans.back();
+      const BlockGradPlan::Block& first = plan.blocks[span.first];
+      if (first.row == block.row && first.chunk == block.chunk && first.offset + span.words == block.offset &&
+          span.words + block.channels <= kSpanWords) {
+        ++span.blocks;
+        span.words += block.channels;
+        continue;
+      }
     }
+    plan.spans.push_back({i, 1, block.channels});
+  }
+}
+
+BlockGradPlan make_plan(const ConvShape& s, const SparseWeights& layout, const GradKernel& kernel) {
+  const int64_t channels = s.C / s.groups, filters = s.K / s.groups, taps = s.R * s.S, bk = layout.bk, bc = layout.bc;
+  BlockGradPlan plan{};
+  plan.shape = s;
+  plan.h = make_block_axis(s.R, s.stride_h, s.dilation_h);
+  plan.w = make_block_axis(s.S, s.stride_w, s.dilation_w);
+  plan.bk = bk;
+  plan.bc = bc;
+  plan.padded_bk = ceil_div(bk, kernel.lanes) * kernel.lanes;
+  plan.chunk_channels = std::min(bc, channels);
+  plan.chunks_per_group = ceil_div(channels, bc);
+  plan.rows_per_group = ceil_div(filters, bk);
+  plan.images = kernel.pairs ? 2 : 1;
+  set_tile(plan);
+  plan.blocks.reserve(layout.count);
+  for (int64_t row = 0; row < s.groups * plan.rows_per_group; ++row)
+    for (int32_t i = layout.indptr[row]; i < layout.indptr[row + 1]; ++i) {
+      const int64_t tap = layout.index[i] % taps, chunk = layout.index[i] / taps, group = row / plan.rows_per_group;
+      const int64_t in_group = row % plan.rows_per_group * bk;
+      const int64_t at = tap / s.S * plan.h.distance * plan.cols + tap % s.S * plan.w.distance;
+      plan.blocks.push_back({group * filters + in_group, chunk * bc, tap, std::min(bk, filters - in_group),
+                             std::min(bc, channels - chunk * bc), row, group * plan.chunks_per_group + chunk,
+                             at * plan.chunk_channels});
+    }
+  add_spans(plan);
   return plan;
 }
 
 class PreparedBlockGrad final : public PreparedWeightGrad {
  public:
-  PreparedBlockGrad(const ConvShape& s, const SparseWeights& w, int64_t lanes, RunBlockGrad run)
-      : plan_(make_plan(s, w, lanes)), run_(run) {}
-  void run(const WeightGradCall& call) const override { run_(plan_, call); }
+  PreparedBlockGrad(const ConvShape& s, const SparseWeights& layout, const std::string& kernel) {
+    for (DType dtype : {DType::kF32, DType::kBF16}) {
+      const GradKernel& chosen = choose_grad_kernel(kernel, dtype);
+      if (forms_.empty() || chosen.run != forms_.back().run)
+        forms_.push_back({make_plan(s, layout, chosen), chosen.run});
+    }
+  }
+  void run(const WeightGradCall& call) const override {
+    const Form& form = call.dtype == DType::kBF16 ? forms_.back() : forms_.front();
+    form.run(form.plan, call);
+  }
 
  private:
-  BlockGradPlan plan_;
-  RunBlockGrad run_;
+  struct Form {
+    BlockGradPlan plan;
+    RunBlockGrad run;
+  };
+  std::vector<Form> forms_;  // of float32 and, where that is another, of bf16
 };
 
 }  // namespace
 
-std::unique_ptr<PreparedWeightGrad> prepare_weight_gradient(const ConvShape& s, const SparseWeights& layout) {
+std::unique_ptr<PreparedWeightGrad> prepare_weight_gradient(const ConvShape& s, const SparseWeights& layout,
+                                                            const std::string& kernel) {
   check(layout.format == Format::kBlock, "weight_gradient", "block weights", static_cast<int>(layout.format));
-#if defined(VPNS_WITH_AVX512)
-  if (isa_usable(Isa::kAvx512)) return std::make_unique<PreparedBlockGrad>(s, layout, 16, run_block_grad_avx512);
-#endif
-#if defined(VPNS_WITH_AVX2)
-  if (isa_usable(Isa::kAvx2)) return std::make_unique<PreparedBlockGrad>(s, layout, 8, run_block_grad_avx2);
-#endif
-  fail("weight_gradient", "a CPU with AVX2", "none, or a cap below it");
+  return std::make_unique<PreparedBlockGrad>(s, layout, kernel);
+}
+
+void score_gradient(const ConvShape& s, const WeightGradCall& call, const std::string& kernel) {
+  const MaskedWeight& w = *call.weight;
+  const int64_t rows = s.groups * ceil_div(s.K / s.groups, w.bk), columns = ceil_div(s.C / s.groups, w.bc) * s.R * s.S;
+  std::vector<int32_t> indptr(rows + 1), index(rows * columns);
+  for (int64_t row = 0; row <= rows; ++row) indptr[row] = static_cast<int32_t>(row * columns);
+  for (int64_t i = 0; i < rows * columns; ++i) index[i] = static_cast<int32_t>(i % columns);
+  const SparseWeights all{Format::kBlock, DType::kF32, nullptr, indptr.data(), index.data(), rows * columns, w.bk, w.bc};
+  const GradKernel& chosen = choose_grad_kernel(kernel, call.dtype);
+  chosen.run(make_plan(s, all, chosen), call);
 }
 
 }  // namespace vpns

@@ -1,19 +1,20 @@
-// The gradient of kept weights only, in the order in which they are packed; or of the scores of blocks.
+// The gradient of kept blocks of weights, in the order in which they are packed; or of the scores of all blocks.
 //
-// d values[i] = Σ over output pixels of dy[pixel, k] · x[pixel's tap, c], for each kept (k, c, r, s): as many operations
-// as the sparse forward. The score of a block is one number, Σ W · dW over the block, and masked blocks get theirs too:
-// the same sums over all blocks, multiplied by W tile by tile, so that no dense dW is ever written.
+// d weight[k, c, tap] = Σ over output pixels of dy[pixel, k] · x[pixel's tap, c]. The score of a block is one number,
+// Σ W · dW over the block, masked or not: the same sums, multiplied by W tile by tile, so that no dense dW is written.
 //
-// Tiles of the input are laid out as planes, the gradient of the same tile beside them, by all threads; then each thread
-// sums up its own share of the weights. Every sum belongs to one thread and runs over the tiles in order, so the result
-// does not depend on the number of threads.
+// Tiles of pixels are laid out by all threads: the input as planes [chunk of bc channels][row][column][channel], padded
+// with zeros, so that a tap is one offset; the gradient of the output as [block row][pixel][padded bk]. Then each thread
+// takes its own blocks: a few channels × two vectors of output channels of sums stay in registers while the tile's
+// pixels stream past. The unit is a 32-bit word: a pixel in float32, the same pixel of two images in bf16. Every sum
+// belongs to one thread and runs over the tiles in order, so the result does not depend on the number of threads.
 #pragma once
 
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/masked_weight.h"
 #include "cpu/sparse_conv2d_block.h"
 #include "params.h"
 
@@ -23,24 +24,36 @@ struct WeightGradCall {
   const void* x;  // [N, H, W, C], contiguous channels
   DType dtype;    // of x and grad
   int64_t x_stride_n, x_stride_h, x_stride_w;
-  const void* grad;     // [N, P, Q, K] dense
-  const float* weight;  // null, or values [count, bk, bc]: then one sum of weight · gradient per block
-  float* out;           // [count, bk, bc], or [count] with weight
+  const void* grad;  // [N, P, Q, K] dense
+  float* out;        // [count, bk, bc], or with `weight` [count]
   int threads;
+  const MaskedWeight* weight = nullptr;  // where not null: Σ weight · gradient of each block
 };
 
-// Kept blocks and where they read: what a gradient of any values of that layout needs.
 struct BlockGradPlan {
   struct Block {
-    int64_t offset;           // of its first channel, cells from an output pixel's base in the planes
-    int64_t filter;           // its first output channel, as the gradient is laid out
-    int64_t channels;         // fewer than bc at a ragged edge
+    int64_t k0, c0, tap;        // its first output channel (of all), input channel (of its group) and tap
+    int64_t filters, channels;  // fewer than bk, bc at ragged edges
+    int64_t row, chunk;         // of the laid-out gradient and input
+    int64_t offset;             // of its first channel, words from an output pixel's base in the chunk
   };
-  BlockPlan reader;  // the planes, without weights
+  // Consecutive blocks whose words are neighbours, as those of a stem are.
+  struct Span {
+    int64_t first, blocks, words;
+  };
+  ConvShape shape;
+  BlockAxis h, w;
   int64_t bk, bc, padded_bk;
-  int64_t padded_filters;  // of all groups, in the laid-out gradient
-  int64_t images;          // of a tile
+  int64_t chunk_channels;                 // words of a pixel in a chunk
+  int64_t chunks_per_group, rows_per_group;
+  int64_t images;                         // of a word
+  int64_t tile_p, tile_q, tile_units;     // output pixels and words of images of a tile
+  int64_t rows, cols;                     // of its planes
   std::vector<Block> blocks;
+  std::vector<Span> spans;
+
+  int64_t chunk_words() const { return tile_units * rows * cols * chunk_channels; }
+  int64_t row_words() const { return tile_units * tile_p * tile_q * padded_bk; }
 };
 
 class PreparedWeightGrad {
@@ -49,12 +62,19 @@ class PreparedWeightGrad {
   virtual void run(const WeightGradCall& call) const = 0;
 };
 
-// For the layout of block weights; their values are not read.
-std::unique_ptr<PreparedWeightGrad> prepare_weight_gradient(const ConvShape&, const SparseWeights& layout);
+// For the layout of block weights; their values are not read. `kernel` is "avx512_bf16" (bf16 only), "avx512", "avx2" or
+// one of the first two with "_emulated", or empty for the first that this machine runs.
+std::unique_ptr<PreparedWeightGrad> prepare_weight_gradient(const ConvShape&, const SparseWeights& layout,
+                                                            const std::string& kernel = "");
+
+// Of all blocks of a masked weight: call.out [block rows, block columns, R, S].
+void score_gradient(const ConvShape&, const WeightGradCall& call, const std::string& kernel);
 
 using RunBlockGrad = void (*)(const BlockGradPlan&, const WeightGradCall&);
 void run_block_grad_avx2(const BlockGradPlan&, const WeightGradCall&);
 void run_block_grad_avx512(const BlockGradPlan&, const WeightGradCall&);
+void run_block_grad_avx512_bf16(const BlockGradPlan&, const WeightGradCall&);
 void run_block_grad_avx512_emulated(const BlockGradPlan&, const WeightGradCall&);
+void run_block_grad_avx512_bf16_emulated(const BlockGradPlan&, const WeightGradCall&);
 
 }  // namespace vpns

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vpns_kernels import ConvGeometry, Packed, native, pack, parse_pattern, sparse_conv2d, unpack
@@ -197,34 +196,6 @@ def test_the_same_bits_each_time_and_for_any_thread_count(spec: str) -> None:
                 assert all(torch.equal(a, b) for a, b, w in zip(first, again, wants, strict=True) if w)
     finally:
         torch.set_num_threads(before)
-
-
-def test_scores_of_blocks_are_the_weighted_sums_of_their_gradients() -> None:
-    geometry = ConvGeometry(37, 29, (3, 3), (2, 2), (1, 1))
-    packed, (x, grad) = make(geometry, "block:16x16", torch.float32, 1.0), inputs(geometry, 5, torch.float32)
-    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
-    library, (N, C, H, W), (_, K, P, Q) = native.library(), x.shape, grad.shape
-    indptr, index = (array.data_ptr() for array in packed.layout[:2])
-    weights = library.Weights(packed.values.data_ptr(), "float32", indptr, index, list(packed.values.shape))
-    sizes = [N, C, H, W, K, 3, 3, P, Q, 2, 2, 1, 1, 1, 1, 1]
-    handle = library.sparse_conv2d_prepare_weight_gradient(sizes, weights)
-    found = []
-    for threads in (1, 2):
-        scores = torch.full((packed.values.shape[0],), float("nan"))
-        handle.run(
-            x.data_ptr(), "float32", H * W * C, W * C, C, grad.data_ptr(), packed.values.data_ptr(),
-            scores.data_ptr(), threads,
-        )  # fmt: skip
-        found.append(scores)
-    weight = unpack(packed.values, packed.layout, geometry).double().requires_grad_()
-    y = F.conv2d(x.double(), weight, None, 2, 1)
-    (dense,) = torch.autograd.grad(y, weight, grad.double())
-    truth = parse_pattern("block:16x16").reduce_sum(weight.detach() * dense)
-    kept = packed.layout[1].long()
-    rows = torch.repeat_interleave(torch.arange(2), packed.layout[0].long().diff())
-    expected = truth.reshape(2, -1)[rows, kept]
-    torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-3)
-    assert torch.equal(found[0], found[1])
 
 
 def test_only_what_is_wanted_is_computed() -> None:

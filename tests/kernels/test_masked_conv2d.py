@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vpns_kernels import OPS, ConvGeometry, masked_conv2d, masked_linear, parse_pattern
 from vpns_kernels.modules import MaskedConv2d, MaskedLinear
 from vpns_kernels.ops.masked_conv2d.cases import PATTERNS, build_args
+from vpns_kernels.testing import poisoned_memory
 
 OP = OPS["masked_conv2d"]
 BACKENDS = list(OP.backends)
@@ -22,9 +23,9 @@ def learned(args: dict[str, Any]) -> list[Tensor]:
 
 
 def gradients(args: dict[str, Any], backend: Any) -> list[Tensor]:
-    y = masked_conv2d(**args, backend=backend)
+    leaves, y = learned(args), masked_conv2d(**args, backend=backend)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
-    return list(torch.autograd.grad(y, learned(args), grad))
+    return list(torch.autograd.grad(y, leaves, grad))
 
 
 @pytest.mark.parametrize("spec", [*PATTERNS, "channel"])
@@ -107,6 +108,46 @@ def test_linear_is_the_convolution_of_one_pixel(backend: str) -> None:
         torch.testing.assert_close(grad_x, true_x)
         expected = scores.sign() * layer.pattern.reduce_sum(weight * dense)
         torch.testing.assert_close(grad_scores, expected, rtol=1e-4, atol=1e-4)
+
+
+CASES = [case for case in OP.cases() if "float64" not in case.name]
+ROUNDOFF = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def true_gradients(args: dict[str, Any], weight: Tensor, is_size: bool) -> list[Tensor]:
+    """In float64, with all scores positive; or the sizes of their sums: of the terms' magnitudes."""
+    size_of = torch.abs if is_size else torch.clone
+    x, weight = size_of(args["x"].detach().double()), size_of(weight.double())
+    scores = torch.ones_like(args["scores"], dtype=torch.float64)
+    wide = args | {"x": x.requires_grad_(), "weight": weight, "scores": scores.requires_grad_(), "bias": None}
+    y = masked_conv2d(**wide, backend="reference")
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(args["x"].dtype).double()
+    return list(torch.autograd.grad(y, (x, scores), size_of(grad)))
+
+
+def assert_gradients_are_right(args: dict[str, Any], found: list[Tensor]) -> None:
+    """Against float64, by the size of the sums: |error| / Σ|terms| of a few units of roundoff."""
+    (grad_x, grad_scores, *_), dtype = found, args["x"].dtype
+    # The products of the input's gradient take the weight as it is rounded, those of the scores as it is.
+    rounded = args["weight"].to(dtype)
+    (true_x, _), (size_x, _) = (true_gradients(args, rounded, is_size) for is_size in (False, True))
+    (_, truth), (_, size) = (true_gradients(args, args["weight"], is_size) for is_size in (False, True))
+    error_x = (grad_x.double() - true_x).abs()
+    assert bool((error_x <= ROUNDOFF[dtype] * (size_x + true_x.abs()) + 1e-30).all())
+    # Blocks are summed in float32 whatever the inputs are; single weights are torch's own gradients, rounded.
+    limit = 1e-6 if args["pattern"].name == "block" else ROUNDOFF[dtype]
+    error = (grad_scores.double() - args["scores"].detach().double().sign() * truth).abs()
+    assert grad_scores.dtype == args["scores"].dtype
+    assert bool((error <= limit * (size + truth.abs()) + 1e-30).all())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_native_gradients_are_those_of_float64(case: Any) -> None:
+    args = case.build()
+    with poisoned_memory():
+        found = gradients(args, "cpu")
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    assert_gradients_are_right(args, found)
 
 
 def test_bad_input_is_refused_with_what_was_expected() -> None:

@@ -56,7 +56,7 @@ def weight_gradient(
     _, C, H, W = x.shape
     strides = (C * H * W, C * W, C)
     name = DTYPE_NAMES[x.dtype]
-    handle.run(x.data_ptr(), name, *strides, grad.data_ptr(), 0, out.data_ptr(), torch.get_num_threads())
+    handle.run(x.data_ptr(), name, *strides, grad.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out
 
 

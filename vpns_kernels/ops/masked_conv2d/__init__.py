@@ -14,13 +14,13 @@ from torch import Tensor
 
 from vpns_kernels import schemas
 from vpns_kernels.geometry import ConvGeometry
-from vpns_kernels.ops.masked_conv2d import reference
+from vpns_kernels.ops.masked_conv2d import cpu, reference
 from vpns_kernels.ops.registry import call, register_op
 from vpns_kernels.patterns import Pattern
 
 __all__ = ["masked_conv2d", "masked_linear"]
 
-_OP = register_op("masked_conv2d", {"reference": reference})
+_OP = register_op("masked_conv2d", {"cpu": cpu, "reference": reference})
 
 
 def _dispatch_backward(

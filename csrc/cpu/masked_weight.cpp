@@ -1,0 +1,259 @@
+#include "cpu/masked_weight.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+#include "checks.h"
+#include "cpu/planes.h"
+#include "cpu/sparse_conv2d.h"
+
+namespace vpns {
+namespace {
+
+// One axis of the weight, within a group: its units' size, its extent in channels, and how far its channels are apart in
+// the weight and its units in the mask.
+struct Axis {
+  int64_t size, extent, weight_stride, mask_stride;
+  int64_t units() const { return ceil_div(extent, size); }
+};
+
+// A weight as one direction sees it: rows of units, each with columns and taps.
+struct View {
+  Axis row, column;
+  int64_t groups, weight_group, mask_group;  // distances from one group to the next
+  std::vector<int64_t> taps;                 // by own tap, the filter's
+};
+
+View forward_view(const ConvShape& s, const MaskedWeight& w) {
+  const int64_t filters = s.K / s.groups, channels = s.C / s.groups, taps = s.R * s.S;
+  const int64_t columns = ceil_div(channels, w.bc), rows = ceil_div(filters, w.bk);
+  View view{{w.bk, filters, w.stride_k, columns * taps}, {w.bc, channels, w.stride_c, taps}, s.groups,
+            filters * w.stride_k, rows * columns * taps, std::vector<int64_t>(taps)};
+  std::iota(view.taps.begin(), view.taps.end(), 0);
+  return view;
+}
+
+View transposed_view(const ConvShape& s, const MaskedWeight& w, const AxisClass& h, const AxisClass& v) {
+  View view = forward_view(s, w);
+  std::swap(view.row, view.column);
+  view.taps.clear();
+  for (int64_t r : h.tap)
+    for (int64_t col : v.tap) view.taps.push_back(r * s.S + col);
+  return view;
+}
+
+inline void put(float* to, float value, DType rounds) {
+  if (rounds == DType::kBF16) value = bf16_to_float(float_to_bf16(value));
+  if (rounds == DType::kF16) value = static_cast<float>(static_cast<_Float16>(value));
+  *to = value;
+}
+inline void put(uint16_t* to, float value, DType) { *to = float_to_bf16(value); }
+
+// A kept unit [rows][columns] from its first weight on; zeros beyond ragged edges.
+template <typename Value>
+void copy_block(const float* from, const Axis& row, const Axis& column, int64_t rows, int64_t columns, DType rounds,
+                Value* to) {
+  if (rows < row.size || columns < column.size) std::fill_n(to, row.size * column.size, Value{});
+  // The inner loop reads neighbours.
+  if (row.weight_stride < column.weight_stride) {
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t r = 0; r < rows; ++r)
+        put(to + r * column.size + c, from[r * row.weight_stride + c * column.weight_stride], rounds);
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c)
+        put(to + r * column.size + c, from[r * row.weight_stride + c * column.weight_stride], rounds);
+  }
+}
+
+template <typename Value>
+void allocate(OwnedWeights& packed, int64_t count, int64_t unit) {
+  check(count < std::numeric_limits<int32_t>::max(), "masked_conv2d", "fewer than 2^31 kept units", count);
+  packed.values = std::make_unique_for_overwrite<char[]>(std::max<int64_t>(count * unit, 1) * sizeof(Value));
+  packed.index.resize(count);
+}
+
+// Blocks: there are few units, whatever the order in which the mask is read.
+template <typename Value>
+OwnedWeights pack_blocks(const View& view, const MaskedWeight& w, DType rounds, int threads) {
+  const int64_t rows = view.groups * view.row.units(), columns = view.column.units();
+  const int64_t taps = static_cast<int64_t>(view.taps.size()), unit = view.row.size * view.column.size;
+  OwnedWeights packed;
+  packed.indptr.assign(rows + 1, 0);
+  const auto mask_of = [&](int64_t row) {
+    return w.mask + row / view.row.units() * view.mask_group + row % view.row.units() * view.row.mask_stride;
+  };
+  for (int64_t row = 0; row < rows; ++row) {
+    packed.indptr[row + 1] = packed.indptr[row];
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t tap : view.taps) packed.indptr[row + 1] += mask_of(row)[c * view.column.mask_stride + tap] != 0;
+  }
+  allocate<Value>(packed, packed.indptr[rows], unit);
+  Value* const values = reinterpret_cast<Value*>(packed.values.get());
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t first = row % view.row.units() * view.row.size;
+    const float* from =
+        w.weight + row / view.row.units() * view.weight_group + first * view.row.weight_stride;
+    int64_t i = packed.indptr[row];
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        if (mask_of(row)[c * view.column.mask_stride + view.taps[tap]] == 0) continue;
+        const int64_t channel = c * view.column.size;
+        packed.index[i] = static_cast<int32_t>(c * taps + tap);
+        copy_block(from + channel * view.column.weight_stride + view.taps[tap] * w.stride_tap, view.row, view.column,
+                   std::min(view.row.size, view.row.extent - first),
+                   std::min(view.column.size, view.column.extent - channel), rounds, values + i * unit);
+        ++i;
+      }
+  }
+  return packed;
+}
+
+// Calls found(i) with each i in [begin, end) whose byte is not zero, in rising order, or falling.
+template <bool kFalling, typename Found>
+inline void each_kept(const uint8_t* mask, int64_t begin, int64_t end, const Found& found) {
+  const int64_t words = (end - begin) / 8, tail = begin + 8 * words;
+  const auto in_tail = [&] {
+    for (int64_t i = 0; i < end - tail; ++i)
+      if (const int64_t at = kFalling ? end - 1 - i : tail + i; mask[at] != 0) found(at);
+  };
+  if (kFalling) in_tail();
+  for (int64_t word = 0; word < words; ++word) {
+    const int64_t at = begin + 8 * (kFalling ? words - 1 - word : word);
+    uint64_t bytes;
+    std::memcpy(&bytes, mask + at, sizeof bytes);
+    while (bytes != 0) {
+      const int byte = (kFalling ? 63 - std::countl_zero(bytes) : std::countr_zero(bytes)) / 8;
+      found(at + byte);
+      bytes &= ~(uint64_t{0xff} << 8 * byte);
+    }
+  }
+  if (!kFalling) in_tail();
+}
+
+// Single weights, forward: a row of the mask, as it lies in memory, is a row of the index.
+OwnedWeights pack_rows(const ConvShape& s, const MaskedWeight& w, DType rounds, int threads) {
+  const int64_t taps = s.R * s.S, row_units = s.C / s.groups * taps;
+  OwnedWeights packed;
+  packed.indptr.assign(s.K + 1, 0);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t k = 0; k < s.K; ++k) {
+    int32_t kept = 0;
+    for (int64_t i = 0; i < row_units; ++i) kept += w.mask[k * row_units + i] != 0;
+    packed.indptr[k + 1] = kept;
+  }
+  std::partial_sum(packed.indptr.begin(), packed.indptr.end(), packed.indptr.begin());
+  allocate<float>(packed, packed.indptr[s.K], 1);
+  float* const values = reinterpret_cast<float*>(packed.values.get());
+  std::vector<int64_t> offset(row_units);
+  for (int64_t i = 0; i < row_units; ++i) offset[i] = i / taps * w.stride_c + i % taps * w.stride_tap;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+  for (int64_t k = 0; k < s.K; ++k) {
+    int64_t to = packed.indptr[k];
+    each_kept<false>(w.mask + k * row_units, 0, row_units, [&](int64_t i) {
+      packed.index[to] = static_cast<int32_t>(i);
+      put(values + to++, w.weight[k * w.stride_k + offset[i]], rounds);
+    });
+  }
+  return packed;
+}
+
+// Single weights, transposed: the mask is read once as it lies in memory, and each kept weight goes behind those of its
+// input channel that were read before. Parts of the filters are counted and filled by themselves, in order.
+OwnedWeights pack_columns(const ConvShape& s, const MaskedWeight& w, const View& view, DType rounds, int threads) {
+  const int64_t taps = s.R * s.S, own_taps = static_cast<int64_t>(view.taps.size());
+  const int64_t filters = s.K / s.groups, channels = s.C / s.groups, row_units = channels * taps;
+  // By place in a row of the mask: where it lies in the weight, its channel, its own tap or -1.
+  struct Place {
+    int64_t offset;
+    int32_t channel, tap;
+  };
+  std::vector<int32_t> own_tap(taps, -1);
+  for (int64_t tap = 0; tap < own_taps; ++tap) own_tap[view.taps[tap]] = static_cast<int32_t>(tap);
+  std::vector<Place> places(row_units);
+  for (int64_t i = 0; i < row_units; ++i)
+    places[i] = {i / taps * w.stride_c + i % taps * w.stride_tap, static_cast<int32_t>(i / taps), own_tap[i % taps]};
+  const int64_t parts = std::clamp<int64_t>(threads, 1, filters);
+  std::vector<int32_t> next(parts * s.C + 1, 0);  // by channel, then part
+  const auto each_of_part = [&](int64_t part, const auto& found) {
+    for (int64_t g = 0; g < s.groups; ++g)
+      for (int64_t k = filters * part / parts; k < filters * (part + 1) / parts; ++k) {
+        const int64_t filter = g * filters + k;
+        // Own taps rise where the filter's fall.
+        each_kept<true>(w.mask + filter * row_units, 0, row_units, [&](int64_t i) {
+          if (places[i].tap >= 0) found((g * channels + places[i].channel) * parts + part, filter, k, places[i]);
+        });
+      }
+  };
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t part = 0; part < parts; ++part)
+    each_of_part(part, [&](int64_t at, int64_t, int64_t, const Place&) { ++next[at + 1]; });
+  std::partial_sum(next.begin(), next.end(), next.begin());
+  OwnedWeights packed;
+  for (int64_t c = 0; c <= s.C; ++c) packed.indptr.push_back(next[c * parts]);
+  allocate<float>(packed, next.back(), 1);
+  float* const values = reinterpret_cast<float*>(packed.values.get());
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t part = 0; part < parts; ++part)
+    each_of_part(part, [&](int64_t at, int64_t filter, int64_t k, const Place& place) {
+      const int32_t to = next[at]++;
+      packed.index[to] = static_cast<int32_t>(k * own_taps + place.tap);
+      put(values + to, w.weight[filter * w.stride_k + place.offset], rounds);
+    });
+  return packed;
+}
+
+OwnedWeights pack_view(const ConvShape& s, const MaskedWeight& w, const View& view, bool transposed, DType dtype,
+                       int threads) {
+  const bool single = w.bk == 1 && w.bc == 1, halves = !single && dtype == DType::kBF16;
+  OwnedWeights packed = single   ? (transposed ? pack_columns(s, w, view, dtype, threads) : pack_rows(s, w, dtype, threads))
+                        : halves ? pack_blocks<uint16_t>(view, w, dtype, threads)
+                                 : pack_blocks<float>(view, w, dtype, threads);
+  packed.view = {single ? Format::kUnstructured : Format::kBlock,
+                 halves ? DType::kBF16 : DType::kF32,
+                 packed.values.get(),
+                 packed.indptr.data(),
+                 packed.index.data(),
+                 static_cast<int64_t>(packed.index.size()),
+                 view.row.size,
+                 view.column.size};
+  packed.view.threads = threads;
+  return packed;
+}
+
+}  // namespace
+
+void check_masked_weight(const ConvShape& s, const MaskedWeight& w) {
+  check_conv_shape(s);
+  check(w.bk >= 1 && w.bc >= 1, "masked_conv2d", "blocks of at least 1 x 1", std::min(w.bk, w.bc));
+  check(s.groups == 1 || s.K / s.groups % w.bk == 0, "masked_conv2d", "blocks within a group", w.bk);
+}
+
+OwnedWeights pack_masked(const ConvShape& s, const MaskedWeight& w, DType dtype, int threads) {
+  return pack_view(s, w, forward_view(s, w), false, dtype, threads);
+}
+
+OwnedWeights pack_masked_transposed(const ConvShape& s, const MaskedWeight& w, const AxisClass& h, const AxisClass& v,
+                                    DType dtype, int threads) {
+  return pack_view(s, w, transposed_view(s, w, h, v), true, dtype, threads);
+}
+
+std::unique_ptr<PreparedConv> prepare_masked(const ConvShape& s, const MaskedWeight& w, DType x_dtype,
+                                             const std::string& kernel, int threads) {
+  const OwnedWeights packed = pack_masked(s, w, x_dtype, threads);
+  return choose_sparse_conv2d(kernel, s, packed.view, x_dtype).prepare(s, packed.view);
+}
+
+std::unique_ptr<PreparedConv> prepare_masked_input_gradient(const ConvShape& s, const MaskedWeight& w,
+                                                            DType grad_dtype, const std::string& kernel, int threads) {
+  const auto transpose_class = [&](const AxisClass& h, const AxisClass& v) {
+    return pack_masked_transposed(s, w, h, v, grad_dtype, threads);
+  };
+  return prepare_input_gradient(s, transpose_class, grad_dtype, kernel);
+}
+
+}  // namespace vpns
