@@ -40,8 +40,7 @@ void bind_gradients(py::module_& m) {
         py::gil_scoped_release release;
         check_sparse_conv2d(s, w.raw);
         if (w.raw.format == Format::kUnstructured) return prepare_unstructured_gradient(s, w.raw, kernel);
-        check(kernel.empty(), "weight_gradient", "the one kernel of block weights", kernel);
-        return prepare_weight_gradient(s, w.raw);
+        return prepare_weight_gradient(s, w.raw, kernel);
       },
       py::arg("shape"), py::arg("weights"), py::arg("kernel") = "",
       "Sums the gradients of kept weights, in their packed order.");

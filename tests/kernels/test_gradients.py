@@ -78,9 +78,7 @@ def native_weight_gradient(packed: Packed, x: Tensor, grad: Tensor, kernel: str,
     handle = library.sparse_conv2d_prepare_weight_gradient(sizes, weights, kernel)
     found = torch.empty(values.shape)
     dtype = str(x.dtype)[6:]
-    handle.run(
-        x.data_ptr(), dtype, H * W * C, W * C, C, grad.data_ptr(), 0, found.data_ptr(), threads
-    )  # fmt: skip
+    handle.run(x.data_ptr(), dtype, H * W * C, W * C, C, grad.data_ptr(), found.data_ptr(), threads)
     return found
 
 
