@@ -1,5 +1,5 @@
 // Every sparse convolution kernel of this machine, emulated ones included, against a dense loop in double precision;
-// and the threshold selection against a sort.
+// the threshold selection against a sort, and prompt_conv2d with its gradients against loops.
 //
 // usage: kernels_test [rounds [seed [round]]]. Each round draws a layer and runs all kernels that take it, with one,
 // two and three threads and from two callers at once: the bits must be the same, the inputs lie between forbidden
@@ -21,6 +21,7 @@
 #include "conv_cases.h"
 #include "cpu/kernels.h"
 #include "guarded.h"
+#include "prompt_conv2d_check.h"
 #include "select_threshold_check.h"
 
 using namespace vpns;
@@ -143,9 +144,25 @@ int main(int argc, char** argv) {
         std::printf("FAILED %s: %s\n", current_work, wrong.c_str());
       }
     }
+    PromptCheck prompts;
+    for (const std::string& kernel : prompt_conv2d_kernels(true))
+      for (const DType type : {DType::kBF16, DType::kF32}) {
+        if (type == DType::kF32 && kernel.find("bf16") != std::string::npos) continue;
+        std::snprintf(current_work, sizeof current_work, "prompt_conv2d %s seed %u round %d", kernel.c_str(), seed, round);
+        const std::string wrong = prompts.complaint(kernel, type);
+        if (wrong.empty()) ++passed["prompt_conv2d_" + kernel];
+        else {
+          ++failed;
+          std::printf("FAILED %s: %s\n", current_work, wrong.c_str());
+        }
+      }
   }
   long total = passed["select_threshold"];
   std::printf("select_threshold: %ld\n", total);
+  for (const std::string& kernel : prompt_conv2d_kernels(true)) {
+    total += passed["prompt_conv2d_" + kernel];
+    std::printf("prompt_conv2d_%s: %ld\n", kernel.c_str(), passed["prompt_conv2d_" + kernel]);
+  }
   for (const SparseConvKernel& kernel : sparse_conv2d_kernels()) {
     const std::string count = isa_usable(kernel.isa) ? std::to_string(passed[kernel.name]) : "this CPU cannot run it";
     std::printf("%s: %s\n", kernel.name, count.c_str());

@@ -51,7 +51,8 @@ def assert_passes(program: Path, rounds: int, seed: int = 1) -> None:
     output = run(program, str(rounds), str(seed))
     last = output.splitlines()[-1]
     assert re.fullmatch(r"[1-9]\d* passed, 0 failed", last), output
-    for kernel in ("select_threshold", *native.library().sparse_conv2d_kernels(True)):
+    prompts = [f"prompt_conv2d_{kernel}" for kernel in native.library().prompt_conv2d_kernels(True)]
+    for kernel in ("select_threshold", *prompts, *native.library().sparse_conv2d_kernels(True)):
         assert re.search(rf"^{kernel}: [1-9]", output, re.MULTILINE), output
 
 

@@ -1,0 +1,160 @@
+// Does prompt_conv2d compute what loops in double precision do, gradients included, within its memory?
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "chance.h"
+#include "cpu/prompt_conv2d.h"
+#include "guarded.h"
+
+class PromptCheck {
+ public:
+  PromptCheck() {
+    using vpns::DType;
+    released_ = one_in(2);
+    s_.N = pick({1, 2, 3});
+    s_.C = 3;
+    s_.K = pick({1, 5, 16, 17, 33, 48, 70});
+    s_.R = pick({1, 2, 3, 5, 7}), s_.S = pick({1, 2, 3, 5, 7});
+    s_.stride_h = pick({1, 1, 2, 3}), s_.stride_w = pick({1, 1, 2, 3});
+    s_.pad_h = pick({0, 1, 2, 3}), s_.pad_w = pick({0, 1, 2, 3});
+    s_.dilation_h = pick({1, 1, 2}), s_.dilation_w = pick({1, 1, 2});
+    s_.groups = 1;
+    const int64_t h = pick({1, 2, 5, 9, 20, 33}), w = pick({1, 2, 5, 9, 20, 33});
+    frame_ = pick({0, 1, 2, 5, 9});
+    if (released_) frame_ = std::min(frame_, (std::min(h, w) - 1) / 2);
+    const int64_t ring = released_ ? 0 : frame_;
+    s_.H = h + 2 * ring, s_.W = w + 2 * ring;
+    s_.pad_h = std::max(s_.pad_h, ((s_.R - 1) * s_.dilation_h + 1 - s_.H + 1) / 2);
+    s_.pad_w = std::max(s_.pad_w, ((s_.S - 1) * s_.dilation_w + 1 - s_.W + 1) / 2);
+    s_.P = (s_.H + 2 * s_.pad_h - (s_.R - 1) * s_.dilation_h - 1) / s_.stride_h + 1;
+    s_.Q = (s_.W + 2 * s_.pad_w - (s_.S - 1) * s_.dilation_w - 1) / s_.stride_w + 1;
+    at_back_ = one_in(2);
+    is_uint8_ = one_in(2);
+    image_.resize(s_.N * 3 * h * w);
+    Guarded bytes(image_.size(), at_back_);
+    GuardedArray floats(DType::kF32, static_cast<int64_t>(image_.size()), at_back_);
+    for (size_t i = 0; i < image_.size(); ++i) {
+      bytes.as<uint8_t>()[i] = static_cast<uint8_t>(127.5 * (uniform() + 1));
+      image_[i] = is_uint8_ ? bytes.as<uint8_t>()[i] / 255.0f : static_cast<float>(floats.set(i, 0.6 * uniform() + 0.5));
+    }
+    bytes_ = std::move(bytes), floats_.push_back(std::move(floats));
+  }
+
+  // All there is to say against one kernel; empty where it is right.
+  std::string complaint(const std::string& kernel, vpns::DType type) {
+    using vpns::DType;
+    const auto filled = [&](DType of, int64_t count) {
+      GuardedArray array(of, count, at_back_);
+      for (int64_t i = 0; i < count; ++i) array.set(i, uniform());
+      return array;
+    };
+    const int64_t h = released_ ? s_.H : s_.H - 2 * frame_, w = released_ ? s_.W : s_.W - 2 * frame_;
+    const GuardedArray weight = filled(type, s_.K * 3 * s_.R * s_.S), bias = filled(DType::kF32, s_.K);
+    const GuardedArray levels = filled(type, 3 * 256), frame = filled(type, s_.H * s_.W * 3);
+    const GuardedArray grad = filled(type, s_.N * s_.P * s_.Q * s_.K);
+    // The library takes these in float.
+    const GuardedArray wide_levels = widened(levels), wide_frame = widened(frame), wide_weight = widened(weight);
+    const float mean[3] = {0.4f, 0.5f, 0.6f}, deviation[3] = {0.2f, 0.3f, 0.4f};
+    vpns::PromptedImages images{is_uint8_ ? bytes_.as<void>() : floats_[0].data(),
+                                is_uint8_, 3 * h * w, h * w, w, 1, s_.H, s_.W, frame_, nullptr, nullptr,
+                                static_cast<float*>(wide_levels.data()), mean, deviation, type == DType::kBF16};
+    (released_ ? images.raw : images.canvas) = static_cast<float*>(wide_frame.data());
+    std::vector<double> canvas(s_.N * s_.H * s_.W * 3);
+    std::vector<bool> passes(canvas.size());
+    const GuardedArray rounded(type, 1, true);
+    for (int64_t i = 0; i < static_cast<int64_t>(canvas.size()); ++i) {
+      const int64_t c = i % 3, x = i / 3 % s_.W, y = i / 3 / s_.W % s_.H, n = i / 3 / s_.W / s_.H;
+      const int64_t in_image = i % (s_.H * s_.W * 3), ring = released_ ? 0 : frame_;
+      const bool on_frame = y < frame_ || y >= s_.H - frame_ || x < frame_ || x >= s_.W - frame_;
+      passes[i] = on_frame;
+      if (on_frame && !released_) {
+        canvas[i] = frame.get(in_image);
+        continue;
+      }
+      const int64_t at = ((n * 3 + c) * h + y - ring) * w + x - ring;
+      float value = image_[at];
+      if (is_uint8_ && !on_frame) {
+        canvas[i] = levels.get(c * 256 + bytes_.as<uint8_t>()[at]);
+        continue;
+      }
+      if (on_frame) value += static_cast<float>(wide_frame.get(in_image));
+      passes[i] = on_frame && value >= 0 && value <= 1;
+      if (released_) value = std::clamp(value, 0.0f, 1.0f);
+      canvas[i] = rounded.set(0, (value - mean[c]) / deviation[c]);
+    }
+
+    std::vector<double> y(s_.N * s_.P * s_.Q * s_.K), of_canvas(s_.H * s_.W * 3), of_weight(weight.count()), of_bias(s_.K);
+    std::vector<double> y_scale(y), canvas_scale(of_canvas), weight_scale(of_weight), bias_scale(of_bias);
+    for (int64_t i = 0; i < static_cast<int64_t>(y.size()); ++i) {
+      const int64_t k = i % s_.K, q = i / s_.K % s_.Q, p = i / s_.K / s_.Q % s_.P, n = i / s_.K / s_.Q / s_.P;
+      const double g = grad.get(i);
+      add(y[i], y_scale[i], bias.get(k));
+      add(of_bias[k], bias_scale[k], g);
+      for (int64_t tap = 0; tap < 3 * s_.R * s_.S; ++tap) {
+        const int64_t c = tap / (s_.R * s_.S), r = tap / s_.S % s_.R, col = tap % s_.S;
+        const int64_t row = p * s_.stride_h - s_.pad_h + r * s_.dilation_h;
+        const int64_t column = q * s_.stride_w - s_.pad_w + col * s_.dilation_w;
+        if (row < 0 || row >= s_.H || column < 0 || column >= s_.W) continue;
+        const int64_t cell = (row * s_.W + column) * 3 + c, at = n * s_.H * s_.W * 3 + cell;
+        const int64_t from = k * 3 * s_.R * s_.S + tap;
+        add(y[i], y_scale[i], weight.get(from) * canvas[at]);
+        add(of_weight[from], weight_scale[from], g * canvas[at]);
+        if (passes[at]) add(of_canvas[cell], canvas_scale[cell], g * weight.get(from));
+      }
+    }
+
+    const std::initializer_list<const Guarded*> inputs = {
+        &bytes_,         &floats_[0].memory(),  &weight.memory(),     &wide_weight.memory(),
+        &bias.memory(),  &wide_levels.memory(), &wide_frame.memory(), &grad.memory()};
+    for (const Guarded* input : inputs) input->allow(PROT_READ);
+    for (const int threads : {1, 2, 3}) {
+      const auto output = [&](DType of, const std::vector<double>& like) {
+        return GuardedArray(of, static_cast<int64_t>(like.size()), at_back_);
+      };
+      const GuardedArray found = output(type, y), canvas_found = output(DType::kF32, of_canvas),
+                         weight_found = output(DType::kF32, of_weight), bias_found = output(DType::kF32, of_bias);
+      const vpns::ConvCall call{nullptr, DType::kF32, 0, 0, 0, found.data(), type, bias.data(), threads};
+      vpns::prompt_conv2d({s_, weight.data(), type, images, call}, kernel);
+      const auto floats = [](const GuardedArray& array) { return static_cast<float*>(array.data()); };
+      vpns::prompt_conv2d_backward({s_, floats(wide_weight), images, grad.data(), type, floats(canvas_found),
+                              floats(weight_found), floats(bias_found), threads},
+                             kernel);
+      const std::string with = " with " + std::to_string(threads) + " threads";
+      if (!is_right(found, y, y_scale)) return "wrong output" + with;
+      if (!is_right(canvas_found, of_canvas, canvas_scale)) return "wrong gradient of the canvas" + with;
+      if (!is_right(weight_found, of_weight, weight_scale)) return "wrong gradient of the weight" + with;
+      if (!is_right(bias_found, of_bias, bias_scale)) return "wrong gradient of the bias" + with;
+    }
+    return {};
+  }
+
+ private:
+  static void add(double& sum, double& scale, double term) {
+    sum += term;
+    scale += std::abs(term);
+  }
+
+  static GuardedArray widened(const GuardedArray& from) {
+    GuardedArray wide(vpns::DType::kF32, from.count(), true);
+    for (int64_t i = 0; i < from.count(); ++i) wide.set(i, from.get(i));
+    return wide;
+  }
+
+  static bool is_right(const GuardedArray& found, const std::vector<double>& truth, const std::vector<double>& scale) {
+    const double half_ulp = found.type() == vpns::DType::kBF16 ? 0x1p-8 : 0x1p-24;
+    for (int64_t i = 0; i < found.count(); ++i)
+      if (!(std::abs(found.get(i) - truth[i]) <= 2e-6 * scale[i] + half_ulp * std::abs(truth[i]) + 1e-30)) return false;
+    return found.memory().surroundings_are_intact();
+  }
+
+  vpns::ConvShape s_{};
+  int64_t frame_;
+  bool released_, is_uint8_, at_back_;
+  std::vector<float> image_;  // from 0 to 1
+  Guarded bytes_{0, true};
+  std::vector<GuardedArray> floats_;
+};
