@@ -34,7 +34,7 @@ KERNEL_ROOMS = [
 TRAINER_ROOMS = [
     ("vpns.cli", "vpns.__main__"),
     ("vpns.run",),
-    ("vpns.stages", "vpns.report", "vpns.deploy"),
+    ("vpns.stages", "vpns.report", "vpns.deploy", "vpns.doctor"),
     (
         "vpns.step",
         "vpns.group",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,8 +34,11 @@ _USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, ArithmeticE
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 2 after an error, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        asked = parse(sys.argv[1:] if arguments is None else arguments)
+        if list(arguments[:1]) == ["doctor"]:
+            return _examine(arguments)
+        asked = parse(arguments)
     except (ArgumentError, *_USER_ERRORS) as error:
         return _complain(error)
     # Importing torch takes a second, which --help and a mistyped option should not.
@@ -125,7 +129,20 @@ def _build_parser(arguments: Sequence[str], defaults: dict[str, Any]) -> Argumen
             command.add_class_arguments(RunConfig, nested_key=None)
             command.set_defaults(defaults)
         commands.add_subcommand(name, command, help=help_text)
+    doctor = ArgumentParser(exit_on_error=False)
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    commands.add_subcommand("doctor", doctor, help="say what this machine can run and what to expect of it")
     return parser
+
+
+def _examine(arguments: Sequence[str]) -> int:
+    """Print what `vpns doctor` finds; the exit code is 0 where nothing is missing that vpns needs."""
+    chosen = _build_parser(arguments, {}).parse_args(list(arguments))
+    from vpns.doctor import examine, is_healthy, to_plain, to_text
+
+    findings = examine()
+    print(json.dumps(to_plain(findings), indent=1) if chosen.doctor.json else to_text(findings))
+    return 0 if is_healthy(findings) else EXIT_ERROR
 
 
 def _find_folder(chosen: Namespace) -> Path:

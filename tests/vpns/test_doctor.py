@@ -1,0 +1,60 @@
+"""Does the doctor say what is there, what is not, and why?"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vpns import cli
+from vpns.doctor import Finding, examine, is_healthy
+from vpns_kernels import native
+from vpns_kernels.ops import OPS
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_every_op_and_every_usable_instruction_set_is_named() -> None:
+    found = {finding.name: finding for finding in examine()}
+    assert all(f"op {name}" in found for name in OPS)
+    usable = {
+        name.removeprefix("cpu ") for name, f in found.items() if name.startswith("cpu ") and f.is_there
+    }
+    assert usable == set(native.library().isa_list())
+    named = " ".join(finding.detail for finding in found.values())
+    assert all(kernel in named for kernel in native.library().sparse_conv2d_kernels())
+    assert found["compiled library"].is_there
+    assert "ms" in found["expect block:32x32 float32"].detail
+
+
+def test_a_missing_gpu_part_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_no_cuda", lambda: "the library's GPU part is missing (no nvcc)")
+    monkeypatch.setenv("PATH", "")
+    found = {finding.name: finding for finding in examine()}
+    assert not found["gpu part of the library"].is_there
+    assert "no nvcc" in found["gpu part of the library"].detail
+    assert "not built" in found["nvcc"].detail
+    assert is_healthy(list(found.values()))
+
+
+def test_a_missing_compiled_library_makes_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: "the compiled library is missing (build it)")
+    assert cli.main(["doctor"]) == cli.EXIT_ERROR
+    assert "build it" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert cli.main(["doctor", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["is_healthy"]
+    assert printed["findings"][0]["name"] == "cpu"
+
+
+def test_only_what_is_needed_decides() -> None:
+    assert is_healthy([Finding("gpu", False, "none")])
+    assert not is_healthy([Finding("compiled library", False, "missing", is_needed=True)])
+
+
+def test_an_unknown_option_is_refused(capsys: Capture) -> None:
+    assert cli.main(["doctor", "--yaml"]) == cli.EXIT_ERROR
+    assert "yaml" in capsys.readouterr().err

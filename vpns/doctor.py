@@ -1,0 +1,122 @@
+"""What can this machine run, and what not, and why? Everything that a report of trouble should begin with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from vpns_kernels import native
+from vpns_kernels.choose import choose, this_machine
+from vpns_kernels.cost import CLASSES, LayerQuery
+from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.measure import fingerprint
+from vpns_kernels.ops import OPS
+
+_PEERS = ("openvino", "onnxruntime", "deepsparse", "sparseprop")
+# A layer in the middle of ResNet-18 at 224 pixels, batch 16, a tenth kept.
+_LAYER, _SIZE, _KEPT = ConvGeometry(256, 256, (3, 3), padding=(1, 1)), (16, 14, 14), 0.1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Args:
+        is_needed: whether vpns runs slowly, or not at all, without it.
+    """
+
+    name: str
+    is_there: bool
+    detail: str
+    is_needed: bool = False
+
+
+def examine() -> list[Finding]:
+    """Look at the machine, the compiled library, the GPU, the peers that may be measured against."""
+    machine = fingerprint()
+    cpu = f"{machine['cpu']}, {machine['cores']} cores, {platform.system()} {platform.machine()}"
+    threads = f"torch uses {torch.get_num_threads()}"
+    if found := {k: os.environ[k] for k in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if k in os.environ}:
+        threads += f", {found}"
+    reason = native.why_not()
+    return [
+        Finding("cpu", True, cpu),
+        Finding("threads", True, threads),
+        Finding("python", True, f"{machine['python']}, torch {machine['versions']['torch']}"),
+        Finding("compiled library", reason is None, reason or "loaded", is_needed=True),
+        *_instruction_sets(),
+        *_gpu(),
+        *(Finding(name, find_spec(name) is not None, "a peer for measuring") for name in _PEERS),
+        *(Finding(f"op {name}", True, f"backends {', '.join(op.backends)}") for name, op in OPS.items()),
+        *_expected_speed(),
+    ]
+
+
+def to_text(findings: list[Finding]) -> str:
+    """One line each."""
+    width = max(len(finding.name) for finding in findings)
+    return "\n".join(f"{f.name:{width}}  {'yes' if f.is_there else 'no ':3}  {f.detail}" for f in findings)
+
+
+def to_plain(findings: list[Finding]) -> dict[str, Any]:
+    """As JSON holds them."""
+    return {
+        "schema_version": 1,
+        "is_healthy": is_healthy(findings),
+        "findings": [asdict(f) for f in findings],
+    }
+
+
+def is_healthy(findings: list[Finding]) -> bool:
+    """Whether all is there that vpns needs."""
+    return all(finding.is_there for finding in findings if finding.is_needed)
+
+
+def _instruction_sets() -> list[Finding]:
+    if native.why_not() is not None:
+        return []
+    library = native.library()
+    usable, kernels = library.isa_list(), library.sparse_conv2d_kernels()
+    cap = os.environ.get("VPNS_ISA")
+    found = []
+    for isa in CLASSES:
+        own = [kernel for kernel in kernels if kernel.endswith(f"_{isa}") or kernel == isa]
+        why_not = "not on this CPU, or not compiled" + (f", or above VPNS_ISA={cap}" if cap else "")
+        detail = f"kernels {', '.join(own)}" if own else "no convolution of its own"
+        found.append(Finding(f"cpu {isa}", isa in usable, detail if isa in usable else why_not))
+    return found
+
+
+def _gpu() -> list[Finding]:
+    nvcc, part = shutil.which("nvcc"), native.why_no_cuda()
+    has_triton, has_cuda = find_spec("triton") is not None, torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if has_cuda else "torch finds none"
+    return [
+        Finding("gpu", has_cuda, name),
+        Finding("nvcc", nvcc is not None, nvcc or "not on PATH: the library's GPU part is not built"),
+        Finding("gpu part of the library", part is None, part or "loaded"),
+        Finding("triton", has_triton, "installed" if has_triton else "not installed"),
+    ]
+
+
+def _expected_speed() -> list[Finding]:
+    """Of one layer, from the table of costs: nothing is measured here."""
+    machine, found = this_machine(), []
+    K, C, R, S = _LAYER.weight_shape
+    kept = round(_KEPT * K * C * R * S)
+    sizes: Mapping[str, tuple[int, ...]] = {
+        "unstructured": (kept,),
+        "block:32x32": (kept // 1024, 32, 32),
+    }
+    for pattern, values in sizes.items():
+        for dtype in ("float32", "bfloat16"):
+            choice = choose(LayerQuery(_LAYER, _SIZE, values, dtype), machine)
+            found.append(Finding(f"expect {pattern} {dtype}", choice.kernel != "dense", choice.reason))
+    return found
