@@ -29,7 +29,7 @@ KERNEL_ROOMS = [
     ("vpns_kernels.ops",),
     ("vpns_kernels.schemas", "vpns_kernels.formats", "vpns_kernels.native"),
     ("vpns_kernels.patterns",),
-    ("vpns_kernels.geometry",),
+    ("vpns_kernels.geometry", "vpns_kernels.memory"),
 ]
 TRAINER_ROOMS = [
     ("vpns.cli", "vpns.__main__"),

@@ -36,6 +36,7 @@ from vpns.prompt import build_prompt
 from vpns.stages import STAGES, Context, Stage
 from vpns.stages.networks import effective_prompt, stage_passes
 from vpns.state import SCHEMA_VERSION, StageRecord, finish_stage, list_outputs, lock_folder, read_stage
+from vpns_kernels.memory import keep_freed_memory
 from vpns_kernels.patterns import parse_pattern
 
 # Stages that the processes of a group do together.
@@ -64,6 +65,7 @@ def execute(
         KeyboardInterrupt: Ctrl-C, after the state was saved.
     """
     _check_settings(config)
+    keep_freed_memory()
     with join_group() as group, _own_folder(folder, group) as own:
         config = _open_run(own, config, group)
         context = Context(own, config, observers if group.rank == 0 else (), group=group, checks=checks)
