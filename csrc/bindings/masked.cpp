@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/convert.h"
+#include "cpu/channel_mask.h"
 #include "cpu/weight_gradient.h"
 
 namespace py = pybind11;
@@ -50,6 +51,44 @@ void bind_masked(py::module_& m) {
       py::arg("shape"), py::arg("weight"), py::arg("x"), py::arg("dtype"), py::arg("stride_n"), py::arg("stride_h"),
       py::arg("stride_w"), py::arg("grad"), py::arg("out"), py::arg("kernel"), py::arg("threads"),
       "The sum of weight times its gradient over each block, masked or not.");
+
+  m.def(
+      "masked_conv2d_multiply_scores",
+      [](uintptr_t scores, uintptr_t weight, uintptr_t gradient, const std::string& type, uintptr_t out, int64_t count,
+         int threads) {
+        const ScoreProduct call{pointer<const float>(scores), pointer<const float>(weight), pointer<const void>(gradient),
+                                dtype(type),                  pointer<float>(out),          count,
+                                threads};
+        py::gil_scoped_release release;
+        multiply_scores(call);
+      },
+      py::arg("scores"), py::arg("weight"), py::arg("gradient"), py::arg("dtype"), py::arg("out"), py::arg("count"),
+      py::arg("threads"), "The sign of the score times the weight times its gradient, weight by weight.");
+
+  m.def(
+      "channel_mask",
+      [](const std::string& type, uintptr_t x, uintptr_t y, int64_t pixels, int64_t channels, uintptr_t mask,
+         int threads) {
+        const ChannelMaskForward call{dtype(type), pointer<const void>(x),      pointer<void>(y), pixels,
+                                      channels,    pointer<const float>(mask), threads};
+        py::gil_scoped_release release;
+        channel_mask(call);
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("y"), py::arg("pixels"), py::arg("channels"), py::arg("mask"),
+      py::arg("threads"));
+
+  m.def(
+      "channel_mask_backward",
+      [](const std::string& type, uintptr_t grad, uintptr_t x, uintptr_t grad_x, int64_t pixels, int64_t channels,
+         uintptr_t mask, uintptr_t sums, int threads) {
+        const ChannelMaskBackward call{dtype(type), pointer<const void>(grad),  pointer<const void>(x),
+                                       pointer<void>(grad_x), pixels, channels, pointer<const float>(mask),
+                                       pointer<float>(sums),  threads};
+        py::gil_scoped_release release;
+        channel_mask_backward(call);
+      },
+      py::arg("dtype"), py::arg("grad"), py::arg("x"), py::arg("grad_x"), py::arg("pixels"), py::arg("channels"),
+      py::arg("mask"), py::arg("sums"), py::arg("threads"), "grad_x and sums may each be 0: not wanted.");
 }
 
 }  // namespace vpns

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/batch_norm_act.h"
+#include "cpu/channel_mask.h"
 #include "cpu/phases.h"
 #include "cpu/prompt_conv2d.h"
 #include "cpu/scratch.h"
@@ -37,6 +38,7 @@ namespace {
 #include "cpu/sparse_conv2d_block.inl"
 #include "cpu/weight_gradient.inl"
 #include "cpu/batch_norm_act.inl"
+#include "cpu/channel_mask.inl"
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"
 }  // namespace

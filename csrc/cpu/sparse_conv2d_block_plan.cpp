@@ -23,6 +23,13 @@ struct WeightStrides {
 
 constexpr int64_t kNoWeight = -1;
 
+float as_float(float value) { return value; }
+float as_float(Bf16 value) { return bf16_to_float(value.bits); }
+float as_float(Fp16 value) { return fp16_to_float(value.bits); }
+
+// Words from which on starting the threads pays.
+constexpr int64_t kLeastShared = 64 * 1024;
+
 // What the stores of a strip cost, in words of weights.
 constexpr int64_t kStripCost = 16;
 
@@ -50,6 +57,8 @@ class Planner {
     BlockStrip strip{outputs, outputs.count > lanes_};
     strip.first_group = static_cast<int64_t>(plan_.groups.size());
     begin_group();
+    fills_.push_back({static_cast<int64_t>(words_.size()), weights_size_, (strip.wide ? 2 : 1) * lanes_, strip.count,
+                      strides.output});
     const int64_t pixel = plan_.shape.groups * plan_.group_cells;
     for (size_t i = 0; i < pieces.size();) {
       const auto offset_of = [&](const Piece& p) {
@@ -60,7 +69,7 @@ class Planner {
       for (; i < pieces.size() && offset_of(pieces[i]) == offset + static_cast<int64_t>(sources.size()); ++i)
         for (int64_t c = 0; c < pieces[i].channels; ++c)
           sources.push_back(pieces[i].source + c * strides.channel);
-      add_run(strip, offset, sources, strides.output);
+      add_run(strip, offset, sources);
     }
     strip.groups = static_cast<int64_t>(plan_.groups.size()) - strip.first_group;
     int64_t words = 0;
@@ -80,6 +89,9 @@ class Planner {
 
   BlockPlan finish() {
     plan_.cost.push_back((plan_.cost.empty() ? 0 : plan_.cost.back()) + last_cost_);
+    if (weights_.dtype == DType::kBF16) fill<Bf16>();
+    else if (weights_.dtype == DType::kF16) fill<Fp16>();
+    else fill<float>();
     return std::move(plan_);
   }
 
@@ -110,7 +122,7 @@ class Planner {
 
   void begin_group() {
     plan_.groups.push_back(
-        {static_cast<int64_t>(plan_.runs.size()), 0, 0, static_cast<int64_t>(plan_.weights.size())});
+        {static_cast<int64_t>(plan_.runs.size()), 0, 0, weights_size_});
   }
 
   // A run of words that are added next.
@@ -122,11 +134,11 @@ class Planner {
 
   // Words of weights for the cells from `offset` on. Of an odd number, the last shares its word with the one before it,
   // half of whose weight is in either word: a zero would make a NaN of its infinity, a stranger would bring in its own.
-  void add_run(const BlockStrip& strip, int64_t offset, std::vector<int64_t> sources, int64_t stride) {
+  void add_run(const BlockStrip& strip, int64_t offset, std::vector<int64_t>& sources) {
     int64_t cells = static_cast<int64_t>(sources.size());
     if (!pairs_) {
       begin_run(strip, offset, cells);
-      for (int64_t source : sources) add_word(strip, kNoWeight, source, stride);
+      for (int64_t source : sources) add_word(strip, kNoWeight, source);
       return;
     }
     if (cells == 1) {  // The planes have a zero beside it.
@@ -136,32 +148,72 @@ class Planner {
     begin_run(strip, offset, cells / 2);
     const bool odd = cells % 2 != 0;
     for (int64_t i = 0; i + 1 < cells; i += 2)
-      add_word(strip, sources[i], sources[i + 1], stride, 1.0f, odd && i + 3 == cells ? 0.5f : 1.0f);
+      add_word(strip, sources[i], sources[i + 1], 1.0f, odd && i + 3 == cells ? 0.5f : 1.0f);
     if (!odd) return;
     begin_run(strip, offset + cells - 2, 1);
-    add_word(strip, sources[cells - 2], sources[cells - 1], stride, 0.5f);
+    add_word(strip, sources[cells - 2], sources[cells - 1], 0.5f);
   }
 
-  // The high half of a float is its bf16, so one rule serves both types: low | high.
-  void add_word(const BlockStrip& strip, int64_t low, int64_t high, int64_t stride, float low_share = 1.0f,
-                float high_share = 1.0f) {
-    const auto bits = [&](int64_t source, int64_t k, float share) {
-      return source == kNoWeight ? 0u : std::bit_cast<uint32_t>(share * weight_at(weights_, source + k * stride));
-    };
+  void add_word(const BlockStrip& strip, int64_t low, int64_t high, float low_share = 1.0f, float high_share = 1.0f) {
     if (plan_.groups.back().words == most_words(strip)) {  // a long run goes on in the next group
       const BlockRun full = plan_.runs.back();
       begin_run(strip, full.offset + full.words * (pairs_ ? 2 : 1), 1);
     }
     ++plan_.runs.back().words;
     ++plan_.groups.back().words;
-    for (int64_t k = 0; k < (strip.wide ? 2 : 1) * lanes_; ++k)
-      plan_.weights.push_back(k < strip.count ? bits(low, k, low_share) >> 16 | bits(high, k, high_share) : 0u);
+    words_.push_back({low, high, low_share, high_share});
+    weights_size_ += (strip.wide ? 2 : 1) * lanes_;
+  }
+
+  // A strip's words, in the order in which they were added.
+  struct Fill {
+    int64_t first_word, weights;  // of words_, of plan_.weights
+    int64_t width, outputs, stride;
+  };
+
+  // Writes the words of the strips' weights. Their sources lie side by side from word to word or from output to output:
+  // a few words and all outputs at a time touch few cache lines of either.
+  template <typename Value>
+  void fill() {
+    constexpr int64_t kWords = 32;
+    plan_.weights.resize(weights_size_);
+    const Value* const values = static_cast<const Value*>(weights_.values);
+    const int64_t count = static_cast<int64_t>(fills_.size());
+#pragma omp parallel for num_threads(weights_.threads) schedule(dynamic, 1) if (weights_size_ > kLeastShared)
+    for (int64_t i = 0; i < count; ++i) {
+      const Fill& strip = fills_[i];
+      const int64_t end = i + 1 < count ? fills_[i + 1].first_word : static_cast<int64_t>(words_.size());
+      for (int64_t word = strip.first_word; word < end; word += kWords) {
+        const int64_t last = std::min(word + kWords, end);
+        for (int64_t k = 0; k < strip.outputs; ++k) {
+          uint32_t* to = plan_.weights.data() + strip.weights + (word - strip.first_word) * strip.width + k;
+          for (int64_t j = word; j < last; ++j, to += strip.width) *to = word_bits(values, words_[j], k * strip.stride);
+        }
+      }
+    }
+  }
+
+  struct Word {
+    int64_t low, high;  // where its weights lie, or kNoWeight
+    float low_share, high_share;
+  };
+
+  // The high half of a float is its bf16, so one rule serves both types: low | high.
+  template <typename Value>
+  static uint32_t word_bits(const Value* values, const Word& word, int64_t at) {
+    const uint32_t high =
+        word.high == kNoWeight ? 0u : std::bit_cast<uint32_t>(word.high_share * as_float(values[word.high + at]));
+    if (word.low == kNoWeight) return high;
+    return std::bit_cast<uint32_t>(word.low_share * as_float(values[word.low + at])) >> 16 | high;
   }
 
   const SparseWeights& weights_;
   int64_t lanes_;
   bool pairs_;
   int64_t last_cost_ = 0;
+  std::vector<Word> words_;
+  std::vector<Fill> fills_;
+  int64_t weights_size_ = 0;
   BlockPlan plan_{};
 };
 

@@ -62,13 +62,17 @@ void multiply_span(const BlockGradPlan& plan, const BlockGradPlan::Span& span, G
 // Words of `count` channels of a pixel; `second` is the other image's pixel, null where there is none.
 template <typename Cell, typename X>
 inline void copy_words(const X* first, const X* second, int64_t count, float* to) {
+  int64_t c = 0;
   if constexpr (std::is_same_v<Cell, float>) {
-    copy_cells(first, count, to);
+    if constexpr (std::is_same_v<X, float>)
+      for (; c + kLanes <= count; c += kLanes) store(to + c, load(first + c));
+    for (; c + 8 <= count; c += 8) store8(to + c, load8(first + c));
+    for (; c < count; ++c) to[c] = widen(first[c]);
   } else {
-    using Words = uint32_t __attribute__((vector_size(32)));
-    int64_t c = 0;
-    for (; c + 8 <= count; c += 8) {
-      Half8 low, high{};
+    using Words = uint32_t __attribute__((vector_size(kLanes * 4)));
+    using Halves = uint16_t __attribute__((vector_size(kLanes * 2)));
+    for (; c + kLanes <= count; c += kLanes) {
+      Halves low, high{};
       std::memcpy(&low, first + c, sizeof low);
       if (second != nullptr) std::memcpy(&high, second + c, sizeof high);
       const Words words = __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
@@ -137,7 +141,7 @@ void load_gradient_row(const BlockGradPlan& plan, const WeightGradCall& call, co
     const X* second = plan.images == 2 && n + 1 < s.N ? first + s.P * s.Q * s.K : nullptr;
     for (int64_t q = tile.q0; q < tile.q1; ++q, first += s.K, to += plan.padded_bk) {
       copy_words<Cell>(first, second, count, to);
-      zero_cells(to + count, plan.padded_bk - count);
+      if (count < plan.padded_bk) zero_cells(to + count, plan.padded_bk - count);
       if (second != nullptr) second += s.K;
     }
   }

@@ -57,6 +57,31 @@ def test_torch_finds_the_op_in_order(backend: str) -> None:
     torch.library.opcheck(torch.ops.vpns.channel_mask.default, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_each_time_and_for_any_thread_count(dtype: torch.dtype) -> None:
+    x = torch.randn(7, 37, 11, 9).to(dtype).contiguous(memory_format=torch.channels_last)
+    args = {"x": x, "scores": torch.randn(37), "mask": torch.rand(37) < 0.5}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = gradients(args, "cpu")
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for _ in range(34):
+                assert all(torch.equal(a, b) for a, b in zip(first, gradients(args, "cpu"), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_what_is_wanted_is_computed() -> None:
+    x, scores, mask = torch.randn(2, 5, 3, 3), torch.randn(5), torch.tensor([True, False, True, True, False])
+    grad = torch.randn(2, 5, 3, 3)
+    for backend in OP.backends:
+        for wants in ([True, False], [False, True]):
+            found = torch.ops.vpns.channel_mask_backward(grad, x, scores, mask, wants, backend)
+            assert [tensor.numel() > 0 for tensor in found] == wants
+
+
 def test_a_second_derivative_is_refused() -> None:
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     y = channel_mask(x, torch.ones(3), torch.ones(3, dtype=torch.bool))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vpns_kernels import OPS, ConvGeometry, masked_conv2d, masked_linear, parse_pattern
+from vpns_kernels import OPS, ConvGeometry, masked_conv2d, masked_linear, native, parse_pattern
 from vpns_kernels.modules import MaskedConv2d, MaskedLinear
-from vpns_kernels.ops.masked_conv2d.cases import PATTERNS, build_args
+from vpns_kernels.ops.masked_conv2d import cpu, reference
+from vpns_kernels.ops.masked_conv2d.cases import PATTERNS, build_args, fits
 from vpns_kernels.testing import poisoned_memory
 
 OP = OPS["masked_conv2d"]
@@ -148,6 +151,170 @@ def test_native_gradients_are_those_of_float64(case: Any) -> None:
         found = gradients(args, "cpu")
     assert found[0].is_contiguous(memory_format=torch.channels_last)
     assert_gradients_are_right(args, found)
+
+
+# Channels are masked by another op.
+FORWARD_KERNELS = [
+    name for name in native.library().sparse_conv2d_kernels(emulated=True) if not name.startswith("channel")
+]
+SCORE_KERNELS = ("avx512_bf16", "avx512", "avx2", "avx512_emulated", "avx512_bf16_emulated")
+
+
+def inputs_of(args: dict[str, Any], grad: Tensor) -> tuple[Any, ...]:
+    """The gradients' arguments, as a backend takes them."""
+    g, names = args["geometry"], ("x", "weight", "mask", "scores")
+    tensors = (args[name].detach() for name in names)
+    return grad, *tensors, args["pattern"].spec, g.stride, g.padding, g.dilation, g.groups
+
+
+@pytest.mark.parametrize("kernel", FORWARD_KERNELS)
+def test_every_kernel_takes_what_is_packed_for_either_direction(kernel: str) -> None:
+    spec = "unstructured" if kernel.startswith("unstructured") else "block:16x16"
+    takes_halves = any(word in kernel for word in ("bf16", "fp16", "amx"))
+    for dtype in (torch.bfloat16,) if takes_halves else (torch.float32, torch.bfloat16):
+        for shape in ("3x3_stride_2", "primes"):
+            args = build_args(shape, spec, 0.3, "channels_last", dtype, False)
+            y = masked_conv2d(**args, backend="reference")
+            grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+            g = args["geometry"]
+            rest = (g.stride, g.padding, g.dilation, g.groups, kernel)
+            tensors = (args["x"], args["weight"], args["mask"], args["scores"])
+            tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
+            with poisoned_memory():
+                found = cpu.run(*tensors, None, spec, *rest)
+                found_x = cpu.run_input_gradient(*inputs_of(args, grad), kernel)
+            torch.testing.assert_close(found, y, rtol=tolerance, atol=tolerance)
+            expected = reference.run_input_gradient(*inputs_of(args, grad))
+            torch.testing.assert_close(found_x, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kernel", SCORE_KERNELS)
+@pytest.mark.parametrize("shape", ["3x3", "primes", "stem_7x7", "mixed_stride_and_padding", "groups_2"])
+def test_every_instruction_set_sums_the_scores_of_blocks(shape: str, kernel: str) -> None:
+    if not kernel.endswith("emulated") and not native.has_isa(kernel):
+        pytest.skip(f"this CPU has no {kernel}")
+    for spec in ("block:16x16", "block:32x32", "block:8x4"):
+        for dtype in ROUNDOFF:
+            if "bf16" in kernel and dtype != torch.bfloat16:
+                continue
+            if not fits(shape, spec):
+                continue
+            args = build_args(shape, spec, 0.3, "channels_last", dtype, False)
+            y = masked_conv2d(**args, backend="reference")
+            grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+            with poisoned_memory():
+                found = cpu.run_score_gradient(*inputs_of(args, grad), kernel)
+            truth, size = (true_gradients(args, args["weight"], is_size)[1] for is_size in (False, True))
+            error = (found.double() - args["scores"].double().sign() * truth).abs()
+            assert bool((error <= 1e-6 * (size + truth.abs())).all())
+
+
+def test_a_kernel_that_cannot_is_refused() -> None:
+    args = build_args("3x3", "block:16x16", 0.3, "channels_last", torch.float32, False)
+    grad = masked_conv2d(**args)
+    with pytest.raises(ValueError, match="weight_gradient: expected a kernel for this type"):
+        cpu.run_score_gradient(*inputs_of(args, grad), "avx512_bf16_emulated")
+    with pytest.raises(
+        NotImplementedError, match=r"backend 'cpu' cannot run this: it takes float32 or halves"
+    ):
+        wide = {name: args[name].double() for name in ("x", "weight", "scores")}
+        masked_conv2d(**(args | wide), backend="cpu")
+    with pytest.raises(NotImplementedError, match=r"it takes blocks within a group, got 16 of 1 filters"):
+        masked_conv2d(
+            **build_args("depthwise", "block:16x16", 0.3, "sliced", torch.float32, False), backend="cpu"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", ["unstructured", "block:16x16"])
+def test_the_same_bits_each_time_and_for_any_thread_count(spec: str, dtype: torch.dtype) -> None:
+    args = build_args("primes", spec, 0.3, "channels_last", dtype, False)
+    # The scores of single weights are torch's own gradients.
+    compared, before = 3 if spec.startswith("block") else 2, torch.get_num_threads()
+
+    def run() -> list[Tensor]:
+        return [masked_conv2d(**args, backend="cpu").detach(), *gradients(args, "cpu")][:compared]
+
+    try:
+        torch.set_num_threads(1)
+        first = run()
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for _ in range(34):
+                assert all(torch.equal(one, other) for one, other in zip(first, run(), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_weight_may_lie_with_its_channels_last_or_anyhow() -> None:
+    for spec in PATTERNS:
+        args = build_args("primes", spec, 0.3, "channels_last", torch.float32, False)
+        expected = [masked_conv2d(**args, backend="cpu").detach(), *gradients(args, "cpu")]
+        weight, mask, scores = args["weight"], args["mask"], args["scores"].detach()
+        last = torch.channels_last
+        for change in (
+            {"weight": weight.contiguous(memory_format=last)},
+            {"weight": weight.transpose(0, 1).contiguous().transpose(0, 1)},
+            {
+                name: args[name].detach().contiguous(memory_format=last)
+                for name in ("weight", "mask", "scores")
+            },
+        ):
+            again = args | {"scores": scores} | change
+            found = [masked_conv2d(**again, backend="cpu").detach(), *gradients(again, "cpu")]
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+            torch.testing.assert_close(found[2], expected[2])
+
+
+def test_nothing_the_size_of_the_weight_is_made() -> None:
+    code = (
+        "import torch\n"
+        "from vpns_kernels import ConvGeometry, masked_conv2d, parse_pattern\n"
+        "def step(channels):\n"
+        "    g = ConvGeometry(channels, channels, (3, 3), padding=(1, 1))\n"
+        "    pattern = parse_pattern('block:32x32')\n"
+        "    weight = torch.randn(g.weight_shape)\n"
+        "    scores = torch.randn(pattern.units_shape(g.weight_shape), requires_grad=True)\n"
+        "    mask = torch.rand(scores.shape) < 0.1\n"
+        "    x = torch.randn(2, channels, 7, 7).contiguous(memory_format=torch.channels_last)\n"
+        "    x.requires_grad_()\n"
+        "    def figure(name):\n"
+        "        return int(open('/proc/self/status').read().split(name + ':')[1].split()[0])\n"
+        "    open('/proc/self/clear_refs', 'w').write('5')\n"
+        "    before = figure('VmRSS')\n"
+        "    masked_conv2d(x, weight, mask, scores, g, pattern, backend='cpu').sum().backward()\n"
+        "    return (figure('VmHWM') - before) * 1024 / (4 * weight.numel())\n"
+        "step(64)\n"
+        "print(step(512))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1
+
+
+@pytest.mark.parametrize("spec", ["unstructured", "block:16x16"])
+def test_masked_layers_are_traced_whole(spec: str) -> None:
+    torch.manual_seed(2)
+    layers = [nn.Conv2d(16, 32, 3, 2, 1), nn.Flatten(), nn.Linear(32 * 4 * 4, 24)]
+    for place, kind in ((0, MaskedConv2d), (2, MaskedLinear)):
+        layers[place].weight.requires_grad_(False)
+        layers[place] = kind.from_dense(layers[place], parse_pattern(spec))
+        with torch.no_grad():
+            layers[place].scores.normal_()
+            layers[place].mask.copy_(torch.rand(layers[place].mask.shape) < 0.4)
+    network, x = nn.Sequential(*layers), torch.randn(2, 16, 8, 8)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    found = []
+    for run in (network, compiled):
+        network.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in network.parameters() if p.grad is not None)])
+    assert len(found[0]) == 5  # two biases, two scores
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    exported = torch.export.export(network, (x,)).module()
+    assert torch.equal(exported(x), network(x))
 
 
 def test_bad_input_is_refused_with_what_was_expected() -> None:

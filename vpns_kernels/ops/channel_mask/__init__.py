@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import schemas
-from vpns_kernels.ops.channel_mask import reference
+from vpns_kernels.ops.channel_mask import cpu, reference
 from vpns_kernels.ops.registry import call, register_op
 
 __all__ = ["channel_mask"]
 
-_OP = register_op("channel_mask", {"reference": reference})
+_OP = register_op("channel_mask", {"cpu": cpu, "reference": reference})
 
 
 def _dispatch_backward(*args: Any) -> Any:
