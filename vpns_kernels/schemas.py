@@ -53,8 +53,8 @@ LIBRARY.define(
     "-> (Tensor y, Tensor mean, Tensor variance)"
 )
 LIBRARY.define(
-    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor y, Tensor mean, Tensor variance, "
-    "float eps, str act, bool has_residual, str backend) "
+    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor y, Tensor mean, "
+    "Tensor variance, float eps, str act, bool has_residual, str backend) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)"
 )
 LIBRARY.define(
@@ -170,6 +170,7 @@ def _batch_norm_act_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
+    bias: Tensor,
     y: Tensor,
     mean: Tensor,
     variance: Tensor,

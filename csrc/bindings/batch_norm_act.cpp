@@ -27,7 +27,7 @@ void bind_batch_norm_act(py::module_& m) {
   m.def(
       "batch_norm_act_backward",
       [](const std::string& type, uintptr_t grad, uintptr_t x, uintptr_t y, uintptr_t grad_x, uintptr_t grad_residual,
-         int64_t pixels, int64_t channels, uintptr_t weight, uintptr_t mean, uintptr_t variance, float eps,
+         int64_t pixels, int64_t channels, uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t variance, float eps,
          uintptr_t grad_weight, uintptr_t grad_bias, const std::string& act, int threads) {
         const BatchNormBackward call{dtype(type),
                                      pointer<const void>(grad),
@@ -38,6 +38,7 @@ void bind_batch_norm_act(py::module_& m) {
                                      pixels,
                                      channels,
                                      pointer<float>(weight),
+                                     pointer<float>(bias),
                                      pointer<float>(mean),
                                      pointer<float>(variance),
                                      eps,
@@ -49,8 +50,8 @@ void bind_batch_norm_act(py::module_& m) {
         batch_norm_act_backward(call);
       },
       py::arg("dtype"), py::arg("grad"), py::arg("x"), py::arg("y"), py::arg("grad_x"), py::arg("grad_residual"),
-      py::arg("pixels"), py::arg("channels"), py::arg("weight"), py::arg("mean"), py::arg("variance"), py::arg("eps"),
-      py::arg("grad_weight"), py::arg("grad_bias"), py::arg("act"), py::arg("threads"));
+      py::arg("pixels"), py::arg("channels"), py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("variance"),
+      py::arg("eps"), py::arg("grad_weight"), py::arg("grad_bias"), py::arg("act"), py::arg("threads"));
 }
 
 }  // namespace vpns

@@ -31,11 +31,12 @@ struct BatchNormBackward {
   DType dtype;  // of grad, x, y and both gradients
   const void* grad;
   const void* x;
-  const void* y;  // tells where the activation passed; not read where there is none
+  const void* y;  // tells where the activation passed; not read where there is none, or where x tells it
   void* grad_x;
   void* grad_residual;  // may be null
   int64_t pixels, channels;
   const float* weight;
+  const float* bias;
   const float* mean;
   const float* variance;
   float eps;

@@ -142,9 +142,14 @@ void run_forward(const BatchNormForward& call) {
   normalise<T>(call, chunks, scale.data());
 }
 
+// Where a ReLU passed is seen from x as well as from y, which then need not be read: all passes are bound by memory.
+inline bool sees_from_x(const BatchNormBackward& call) {
+  return call.act == Act::kRelu && call.grad_residual == nullptr;
+}
+
 // Σ g and Σ g · (x - mean) of a chunk, g being the gradient where the activation passed; g is kept where it is wanted.
-template <typename T>
-void chunk_gradients(const BatchNormBackward& call, int64_t begin, int64_t end, float* sums) {
+template <typename T, bool kFromX>
+void chunk_gradients(const BatchNormBackward& call, const float* scale, int64_t begin, int64_t end, float* sums) {
   const int64_t channels = call.channels;
   const T *grad = static_cast<const T*>(call.grad), *x = static_cast<const T*>(call.x), *y = static_cast<const T*>(call.y);
   T* passed = static_cast<T*>(call.grad_residual);
@@ -153,11 +158,16 @@ void chunk_gradients(const BatchNormBackward& call, int64_t begin, int64_t end, 
     V sum{}, product{};
     const V mean = read_channels<width()>(call.mean + c);
     for (int64_t at = begin * channels + c; at < end * channels; at += channels) {
+      const V away = read_channels<width()>(x + at) - mean;
       V g = read_channels<width()>(grad + at);
-      if (call.act != Act::kNone) g = pass_where_active(g, read_channels<width()>(y + at), call.act);
+      if constexpr (kFromX)
+        g = pass_where_active(g, away * read_channels<width()>(scale + c) + read_channels<width()>(call.bias + c),
+                              Act::kRelu);
+      else if (call.act != Act::kNone)
+        g = pass_where_active(g, read_channels<width()>(y + at), call.act);
       if (passed != nullptr) write_channels(passed + at, g);
       sum += g;
-      product += g * (read_channels<width()>(x + at) - mean);
+      product += g * away;
     }
     write_channels(sums + c, sum);
     write_channels(sums + channels + c, product);
@@ -165,7 +175,7 @@ void chunk_gradients(const BatchNormBackward& call, int64_t begin, int64_t end, 
 }
 
 // dx = weight / std · (g - Σg / M - (x - mean) / var · Σg(x - mean) / M).
-template <typename T>
+template <typename T, bool kFromX>
 void input_gradient(const BatchNormBackward& call, const Chunks& chunks, const float* scale, const float* level,
                     const float* slope) {
   const T *grad = static_cast<const T*>(call.grad), *x = static_cast<const T*>(call.x), *y = static_cast<const T*>(call.y);
@@ -176,24 +186,27 @@ void input_gradient(const BatchNormBackward& call, const Chunks& chunks, const f
     for (int64_t p = chunks.begin(chunk); p < chunks.end(chunk); ++p)
       over_channels(call.channels, [&](int64_t c, auto width) {
         const int64_t at = p * call.channels + c;
-        auto g = read_channels<width()>((passed != nullptr ? passed : grad) + at);
-        if (passed == nullptr && call.act != Act::kNone)
-          g = pass_where_active(g, read_channels<width()>(y + at), call.act);
         const auto away = read_channels<width()>(x + at) - read_channels<width()>(call.mean + c);
-        write_channels(grad_x + at, (g - read_channels<width()>(level + c) - away * read_channels<width()>(slope + c)) *
-                                        read_channels<width()>(scale + c));
+        const auto by = read_channels<width()>(scale + c);
+        auto g = read_channels<width()>((passed != nullptr ? passed : grad) + at);
+        if constexpr (kFromX)
+          g = pass_where_active(g, away * by + read_channels<width()>(call.bias + c), Act::kRelu);
+        else if (passed == nullptr && call.act != Act::kNone)
+          g = pass_where_active(g, read_channels<width()>(y + at), call.act);
+        write_channels(grad_x + at,
+                       (g - read_channels<width()>(level + c) - away * read_channels<width()>(slope + c)) * by);
       });
 }
 
-template <typename T>
+template <typename T, bool kFromX>
 void run_backward(const BatchNormBackward& call) {
   const Chunks chunks(call.pixels, call.channels, sizeof(T));
   const int64_t channels = call.channels;
   std::vector<float> sums(2 * chunks.count() * channels), scale(channels), level(channels), slope(channels);
+  scales(call.weight, call.variance, call.eps, channels, scale.data());
 #pragma omp parallel for num_threads(call.threads) schedule(static)
   for (int64_t chunk = 0; chunk < chunks.count(); ++chunk)
-    chunk_gradients<T>(call, chunks.begin(chunk), chunks.end(chunk), &sums[2 * chunk * channels]);
-  scales(call.weight, call.variance, call.eps, channels, scale.data());
+    chunk_gradients<T, kFromX>(call, scale.data(), chunks.begin(chunk), chunks.end(chunk), &sums[2 * chunk * channels]);
   for (int64_t c = 0; c < channels; ++c) {
     double sum = 0, product = 0;
     for (int64_t chunk = 0; chunk < chunks.count(); ++chunk) {
@@ -206,7 +219,13 @@ void run_backward(const BatchNormBackward& call) {
     level[c] = static_cast<float>(sum / pixels);
     slope[c] = static_cast<float>(product * precision / pixels);
   }
-  input_gradient<T>(call, chunks, scale.data(), level.data(), slope.data());
+  input_gradient<T, kFromX>(call, chunks, scale.data(), level.data(), slope.data());
+}
+
+template <typename T>
+void run_backward(const BatchNormBackward& call) {
+  if (sees_from_x(call)) run_backward<T, true>(call);
+  else run_backward<T, false>(call);
 }
 
 }  // namespace

@@ -73,9 +73,9 @@ def batch_norm_act(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, _, eps, residual, act, backend = inputs
+    x, weight, bias, eps, residual, act, backend = inputs
     y, mean, variance = output
-    ctx.save_for_backward(x, weight, y, mean, variance)
+    ctx.save_for_backward(x, weight, bias, y, mean, variance)
     ctx.settings = (eps, act, residual is not None, backend)
     ctx.mark_non_differentiable(mean, variance)
 
@@ -83,10 +83,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise NotImplementedError("batch_norm_act: expected a first derivative, got a request for the second")
-    x, weight, y, mean, variance = ctx.saved_tensors
+    x, weight, bias, y, mean, variance = ctx.saved_tensors
     eps, act, has_residual, backend = ctx.settings
     grad_x, grad_weight, grad_bias, grad_residual = call("batch_norm_act_backward")(
-        grad, x, weight, y, mean, variance, eps, act, has_residual, backend
+        grad, x, weight, bias, y, mean, variance, eps, act, has_residual, backend
     )
     return grad_x, grad_weight, grad_bias, None, grad_residual if has_residual else None, None, None
 

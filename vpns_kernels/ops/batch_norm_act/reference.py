@@ -29,6 +29,7 @@ def run_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
+    bias: Tensor,
     y: Tensor,
     mean: Tensor,
     variance: Tensor,
