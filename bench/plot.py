@@ -1,10 +1,14 @@
-"""Speed-up over density, one line per layer, one panel per pattern: what a report's rows look like."""
+"""What a report's rows look like: speed-up over density by layer, time per image of training iterations."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+# At which iterations are shown over the batch.
+_DENSITY = 0.1
 
 
 def plot_speedups(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -57,5 +61,50 @@ def plot_speedups(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _name(row: dict[str, Any]) -> str:
-    return f"{row['network']} {row['layer']}"
+def plot_iterations(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a picture of time per image over density and over batch, a line of panels for each stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in rows if r.get("iteration") and (r["start"], r["prompt_in"]) == ("uniform", "both")]
+    rows = [row for row in rows if row["variant"] == "framed"]
+    if not rows:
+        return
+    stages = sorted({row["stage"] for row in rows})
+    batch = Counter(row["batch"] for row in rows).most_common(1)[0][0]
+    figure, axes = pyplot.subplots(
+        len(stages), 2, figsize=(9, 3.4 * len(stages)), squeeze=False, layout="constrained"
+    )
+    forms = sorted({_form(row) for row in rows})
+    colours = pyplot.get_cmap("tab10")
+    for line, stage in enumerate(stages):
+        over_density, over_batch = axes[line]
+        for number, form in enumerate(forms):
+            mine = [row for row in rows if (row["stage"], _form(row)) == (stage, form)]
+            style = {"color": colours(number % 10), "label": form, "marker": "o", "markersize": 3}
+            same_batch = sorted((r["density"], r["ms_per_image"]) for r in mine if r["batch"] == batch)
+            if mine and mine[0]["who"] != "ours":
+                for _, time_ms in same_batch[:1]:
+                    over_density.axhline(time_ms, color=style["color"], linewidth=0.8, linestyle="--")
+            elif same_batch:
+                over_density.plot(*zip(*same_batch, strict=True), **style)
+            same_density = sorted((r["batch"], r["ms_per_image"]) for r in mine if r["density"] == _DENSITY)
+            if same_density:
+                over_batch.plot(*zip(*same_density, strict=True), **style)
+        over_density.set(xscale="log", xlabel="kept fraction", title=f"{stage}, batch {batch}")
+        over_batch.set(xscale="log", xlabel="batch", title=f"{stage}, density {_DENSITY:g}")
+        over_density.set_ylabel("ms per image")
+    handles = {}
+    for axis in axes.flat:
+        axis.set_yscale("log")
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=6)
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _form(row: dict[str, Any]) -> str:
+    words = [row["who"], row["pattern"]] if row["who"] == "ours" else [row["who"]]
+    return " ".join([*words, row["dtype"]])

@@ -15,6 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DENSITIES = (0.2, 0.1, 0.05)
+# Pixels and batch of the training that is shown, and its density.
+TRAINED, TRAINED_DENSITY = (224, 32), 0.1
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
@@ -36,6 +38,7 @@ def render() -> str:
     """All tables, a paragraph for each results file."""
     parts = [render_layers(path) for path in sorted(RESULTS.glob("ops-*.json"))]
     parts += [render_networks(path) for path in sorted(RESULTS.glob("demo-*.json"))]
+    parts += [render_training(path) for path in sorted(RESULTS.glob("train-*.json"))]
     return "\n\n".join(parts)
 
 
@@ -88,6 +91,35 @@ def render_networks(path: Path) -> str:
             f"| {network['image_size']} px, batch {network['batch']} | {network['dense_ms']:.1f} ms "
             f"({network['best_dense']}) | {network['sparse_ms']:.1f} ms | {network['speedup']:.1f}x "
             f"({network['speedup_low']:.1f} to {network['speedup_high']:.1f}) |"
+        )
+    return "\n".join(lines)
+
+
+def render_training(path: Path) -> str:
+    """Whole iterations at one density and batch: ours by pattern and dtype, and every engine of torch."""
+    report = json.loads(path.read_text())
+    rows = [r for r in report.get("steps", []) if (r["canvas"], r["batch"]) == TRAINED and r["iteration"]]
+    engines = list(dict.fromkeys(r["arm"] for r in rows if r["who"] != "ours"))
+    lines = [
+        f"Measured training: ResNet-18 at {TRAINED[0]} px, batch {TRAINED[1]}, density {TRAINED_DENSITY:g}, "
+        "ms per iteration against the published scheme in torch; released search and tuning make two updates "
+        f"({_where(report['fingerprint'])}; {_link(path)}).",
+        "",
+        "| iteration | ours | " + " | ".join(engines) + " | over the fastest (95 %) |",
+        "|---|---|" + "---|" * (len(engines) + 1),
+    ]
+    for row in rows:
+        is_plain = (row["start"], row["prompt_in"]) == ("uniform", "both")
+        if row["who"] != "ours" or row["density"] != TRAINED_DENSITY or not is_plain:
+            continue
+        cell = (row["stage"], row["variant"])
+        times = {r["arm"]: r["iteration"]["median_ms"] for r in rows if (r["stage"], r["variant"]) == cell}
+        theirs = [f"{times[engine]:.0f}" if engine in times else "-" for engine in engines]
+        ratio = min(row["ratios"].values(), key=lambda found: found["median"])
+        lines.append(
+            f"| {' '.join(cell)}, {row['pattern']}, {row['dtype']} | {row['iteration']['median_ms']:.0f} | "
+            + " | ".join(theirs)
+            + f" | {ratio['median']:.1f}x ({ratio['low']:.1f} to {ratio['high']:.1f}) |"
         )
     return "\n".join(lines)
 

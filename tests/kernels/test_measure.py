@@ -14,7 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vpns_kernels.measure import Sample, compare, find_opponents, fingerprint, interleave, measurement_lock
+from vpns_kernels.measure import (
+    Laps,
+    Sample,
+    add_up,
+    compare,
+    find_opponents,
+    fingerprint,
+    interleave,
+    interleave_phases,
+    measurement_lock,
+)
 from vpns_kernels.measure.fingerprint import source_state
 
 
@@ -59,6 +69,24 @@ def test_times_are_those_of_each_callable_in_the_order_of_the_rounds() -> None:
 def test_nothing_to_time_is_refused(calls: dict[str, Callable[[], object]], rounds: int) -> None:
     with pytest.raises(ValueError, match="expected callables and at least 1 round"):
         interleave(calls, rounds)
+
+
+def test_phases_hold_what_passed_between_marks_and_add_up_to_the_rest_of_the_call() -> None:
+    clock = FakeClock()
+    spend = {"forward": clock.spend(9.0, 1.0, 2.0), "backward": clock.spend(9.0, 4.0, 8.0)}
+
+    def step(laps: Laps) -> None:
+        clock.spend(100.0)()  # getting ready
+        laps.skip()
+        for phase in ("forward", "backward", "forward"):
+            spend[phase]()
+            laps.mark(phase)
+
+    found = interleave_phases({"step": step}, rounds=2, clock=clock)["step"]
+    # The warm-up takes the first two entries of the forward, which runs twice.
+    assert found["forward"].times_ms == (4000, 4000)
+    assert found["backward"].times_ms == (4000, 8000)
+    assert add_up(found).times_ms == (8000, 12000)
 
 
 def test_an_error_of_a_callable_is_not_swallowed() -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -81,6 +82,51 @@ def interleave(
             if number >= warmup:
                 times[name].append(1000 * (clock() - started))
     return {name: Sample(tuple(taken)) for name, taken in times.items()}
+
+
+class Laps:
+    """A stopwatch inside a callable: what passes between two marks is counted for the phase of the second."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self.taken_ms: dict[str, float] = {}
+        self.skip()
+
+    def skip(self) -> None:
+        """What passed since the last mark belongs to no phase."""
+        self._since = self._clock()
+
+    def mark(self, phase: str) -> None:
+        """What passed since the last mark is added to a phase."""
+        now = self._clock()
+        self.taken_ms[phase] = self.taken_ms.get(phase, 0.0) + 1000 * (now - self._since)
+        self._since = now
+
+
+def interleave_phases(
+    callables: Mapping[str, Callable[[Laps], object]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, dict[str, Sample]]:
+    """As interleave, for callables that mark their own phases, the same in each round: a Sample for each."""
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in callables}
+
+    def run(name: str) -> None:
+        laps = Laps(clock)
+        callables[name](laps)
+        taken[name].append(laps.taken_ms)
+
+    interleave({name: partial(run, name) for name in callables}, rounds, warmup, clock)
+    return {
+        name: {phase: Sample(tuple(one[phase] for one in found[warmup:])) for phase in found[-1]}
+        for name, found in taken.items()
+    }
+
+
+def add_up(phases: Mapping[str, Sample]) -> Sample:
+    """All phases together, round by round."""
+    return Sample(tuple(map(sum, zip(*(sample.times_ms for sample in phases.values()), strict=True))))
 
 
 def compare(slow: Sample, fast: Sample) -> Ratio:
