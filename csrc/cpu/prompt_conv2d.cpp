@@ -62,7 +62,8 @@ void check_sizes(const ConvShape& s, const PromptedImages& images) {
 
 // Outputs that may see the image, and outputs that see nothing but it and the zeros around the canvas.
 OutputArea that_see_the_image(const ConvShape& s, int64_t frame) {
-  const auto axis = [frame](int64_t extent, int64_t outputs, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
+  const auto axis = [frame](int64_t extent, int64_t outputs, int64_t taps, int64_t stride, int64_t pad,
+                            int64_t dilation) {
     const int64_t before = frame + pad - (taps - 1) * dilation;
     const int64_t begin = before <= 0 ? 0 : std::min(ceil_div(before, stride), outputs);
     return std::pair{begin, std::clamp(ceil_div(extent - frame + pad, stride), begin, outputs)};
@@ -73,7 +74,8 @@ OutputArea that_see_the_image(const ConvShape& s, int64_t frame) {
 }
 
 OutputArea that_do_not_see_the_frame(const ConvShape& s, int64_t frame) {
-  const auto axis = [frame](int64_t extent, int64_t outputs, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
+  const auto axis = [frame](int64_t extent, int64_t outputs, int64_t taps, int64_t stride, int64_t pad,
+                            int64_t dilation) {
     const int64_t begin = frame == 0 ? 0 : std::min(ceil_div(frame + pad, stride), outputs);
     const int64_t last = extent - frame - 1 + pad - (taps - 1) * dilation;
     return std::pair{begin, frame == 0 ? outputs : std::clamp(last < 0 ? 0 : last / stride + 1, begin, outputs)};
@@ -96,7 +98,8 @@ void run_area(const PromptForward& f, const Kernel& kernel, const OutputArea& ar
   // A dense weight: every channel is kept.
   std::vector<int32_t> channels(std::max<int64_t>(s.K, 3));
   std::iota(channels.begin(), channels.end(), 0);
-  const SparseWeights weights{Format::kChannel, f.weight_dtype, f.weight, channels.data(), channels.data(), s.K, 1, 1, 3};
+  const int32_t* const kept = channels.data();
+  const SparseWeights weights{Format::kChannel, f.weight_dtype, f.weight, kept, kept, s.K, 1, 1, 3};
   const BlockPlan plan = make_block_plan(s, weights, kernel.lanes, kernel.pairs);
   PromptedImages source = f.images;
   source.image = static_cast<const char*>(source.image) + first * source.stride_n * (source.is_uint8 ? 1 : 4);
@@ -137,6 +140,20 @@ TapsOfAxis taps_of_axis(int64_t extent, int64_t outputs, int64_t taps, int64_t s
     }
   }
   axis.first.push_back(static_cast<int64_t>(axis.taps.size()));
+  const auto same_taps = [&axis](int64_t at, int64_t other, int32_t further) {
+    const auto begin = axis.taps.begin() + axis.first[at], end = axis.taps.begin() + axis.first[at + 1];
+    return std::equal(begin, end, axis.taps.begin() + axis.first[other], axis.taps.begin() + axis.first[other + 1],
+                      [further](const TapsOfAxis::Tap& a, const TapsOfAxis::Tap& b) {
+                        return a.tap == b.tap && a.output + further == b.output;
+                      });
+  };
+  for (int64_t at = 0; at < extent; ++at) {
+    int64_t alike = 1;
+    while (alike < kPixelsAlike && at + alike * stride < extent &&
+           same_taps(at, at + alike * stride, static_cast<int32_t>(alike)))
+      ++alike;
+    axis.alike.push_back(alike);
+  }
   return axis;
 }
 
@@ -250,7 +267,8 @@ void prompt_conv2d_backward(const PromptBackward& b, const std::string& kernel_n
   const OutputArea varies = is_framed ? that_see_the_image(s, b.images.frame) : all;
   const bool has_constants = (varies.p1 - varies.p0) * (varies.q1 - varies.q0) < s.P * s.Q;
   std::unique_ptr<float[]> total;
-  if (b.grad_bias != nullptr || (is_framed && b.grad_canvas != nullptr) || (has_constants && b.grad_weight != nullptr)) {
+  const bool sums_for_frame = is_framed && b.grad_canvas != nullptr;
+  if (b.grad_bias != nullptr || sums_for_frame || (has_constants && b.grad_weight != nullptr)) {
     total.reset(new float[s.P * s.Q * s.K]);
     kernel.steps().sum_images(b, b.grad_bias != nullptr ? none : that_do_not_see_the_frame(s, b.images.frame),
                               total.get());

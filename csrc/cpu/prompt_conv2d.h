@@ -57,7 +57,8 @@ struct PromptBackward {
   const void* grad;  // [N, P, Q, K] dense, float or bf16
   DType grad_dtype;
   // Each may be null.
-  float* grad_canvas;  // [H, W, 3]: of the normalised canvas, where the prompt passes the clamp; zero inside the frame
+  // [H, W, 3]: of the normalised canvas, where the prompt passes the clamp; zero inside the frame.
+  float* grad_canvas;
   float* grad_weight;  // [K, 3, R, S]
   float* grad_bias;    // [K]
   int threads;
@@ -72,6 +73,9 @@ std::vector<std::string> prompt_conv2d_kernels(bool emulated);
 
 // From here on: what the steps of prompt_conv2d.inl and prompt_conv2d_gradients.inl share with the file that calls them.
 
+// At most so many pixels at a time receive their gradient: with three colours each, their sums stay in registers.
+constexpr int64_t kPixelsAlike = 4;
+
 // Which taps read a row (or column) of the canvas, and for which outputs.
 struct TapsOfAxis {
   struct Tap {
@@ -79,6 +83,8 @@ struct TapsOfAxis {
   };
   std::vector<int64_t> first;  // [extent + 1]
   std::vector<Tap> taps;
+  // [extent]: so many rows, each a stride further, have the same taps, for one output after the other.
+  std::vector<int64_t> alike;
 };
 
 struct FrameGradient {

@@ -12,8 +12,8 @@ template <typename Cell>
 class CanvasRows {
  public:
   explicit CanvasRows(const PromptedImages& images) : images_(images), inset_(images.is_framed() ? images.frame : 0) {
-    if (images.is_uint8)
-      for (int i = 0; i < 3 * 256; ++i) narrow(&levels_[i], images.levels[i]);
+    if (!images.is_uint8) return;
+    for (int i = 0; i < 3 * 256; ++i) narrow(&levels_[i], images.levels[i]);
   }
 
   // Columns [begin, end) of row h of image n, three cells each; zeros outside the canvas.
@@ -42,25 +42,27 @@ class CanvasRows {
   void put_frame_pixels(int64_t n, int64_t h, int64_t begin, int64_t end, Cell* to) const {
     const int64_t first = (h * images_.W + begin) * 3;
     if (images_.is_framed()) return copy_cells(images_.canvas + first, 3 * (end - begin), to);
-    put_values(n, h, begin, end, to, [raw = images_.raw + first](float value, int64_t i) { return value + raw[i]; });
+    put_values(n, h, begin, end, images_.raw + first, to);
   }
 
   void put_image_pixels(int64_t n, int64_t h, int64_t begin, int64_t end, Cell* to) const {
-    if (!images_.is_uint8) return put_values(n, h, begin, end, to, [](float value, int64_t) { return value; });
+    if (!images_.is_uint8) return put_values(n, h, begin, end, nullptr, to);
     const uint8_t* from = static_cast<const uint8_t*>(images_.image) + offset(n, h, begin);
     const int64_t stride_c = images_.stride_c, stride_w = images_.stride_w;
     for (int64_t w = begin; w < end; ++w, from += stride_w, to += 3)
       for (int c = 0; c < 3; ++c) to[c] = levels_[c * 256 + from[c * stride_c]];
   }
 
-  // Normalised values of change(pixel, index of the value).
-  template <typename Change>
-  void put_values(int64_t n, int64_t h, int64_t begin, int64_t end, Cell* to, const Change& change) const {
-    for (int64_t i = 0; i < 3 * (end - begin); ++i) {
-      float value = change(prompt_pixel(images_, offset(n, h, begin + i / 3) + i % 3 * images_.stride_c), i);
-      if (images_.raw != nullptr) value = value < 0.0f ? 0.0f : value > 1.0f ? 1.0f : value;
-      put((value - images_.mean[i % 3]) / images_.std[i % 3], to + i);
-    }
+  // Values of the image, to which a prompt may be added, normalised one by one.
+  void put_values(int64_t n, int64_t h, int64_t begin, int64_t end, const float* raw, Cell* to) const {
+    int64_t from = offset(n, h, begin);
+    for (int64_t i = 0; i < 3 * (end - begin); i += 3, from += images_.stride_w)
+      for (int c = 0; c < 3; ++c) {
+        float value = prompt_pixel(images_, from + c * images_.stride_c);
+        if (raw != nullptr) value += raw[i + c];
+        if (images_.raw != nullptr) value = value < 0.0f ? 0.0f : value > 1.0f ? 1.0f : value;
+        put((value - images_.mean[c]) / images_.std[c], to + i + c);
+      }
   }
 
   void put(float value, Cell* to) const {

@@ -40,73 +40,109 @@ void sum_images(const PromptBackward& call, const OutputArea& inner, float* tota
   }
 }
 
-inline float sum_lanes(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+inline Vec8 fold(Vec v) {
+  Vec8 parts[kLanes / 8];
+  std::memcpy(parts, &v, sizeof v);
+  return kLanes == 8 ? parts[0] : parts[0] + parts[kLanes / 8 - 1];
 }
 
-// What three colours of pixel (h, w) receive from one image.
-template <typename X>
-inline void pixel_gradient(const FrameGradient& step, const X* grad, int64_t h, int64_t w, float (&found)[3]) {
+// The sum over the lanes of each vector.
+template <int kCount>
+inline void sum_lanes(const Vec* v, float (&to)[kCount]) {
+#pragma GCC unroll 2
+  for (int first = 0; first < kCount; first += 8) {
+    Vec8 r[8] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < std::min(kCount - first, 8); ++i) r[i] = fold(v[first + i]);
+    transpose8(r);
+    float sums[8];
+    store8(sums, ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7])));
+    for (int i = 0; i < std::min(kCount - first, 8); ++i) to[first + i] = sums[i];
+  }
+}
+
+// What three colours of kPixels pixels receive from one image: (h, w) and those one, two, ... strides further, which
+// have the same taps.
+template <int kPixels, typename X>
+inline void pixel_gradients(const FrameGradient& step, const X* grad, int64_t h, int64_t w,
+                            float (&found)[kPixels * 3]) {
   const ConvShape& s = step.call.shape;
-  const int64_t vectors = (s.K + kLanes - 1) / kLanes;
-  // Two sums of each colour, so that fewer additions wait for one another.
-  Vec sum[2][3] = {};
+  const int64_t whole = s.K / kLanes * kLanes, taps_floats = (s.K + kLanes - 1) / kLanes * 3 * kLanes;
+  Vec sum[kPixels * 3] = {};
+  const auto add = [&](const X* from, const float* weight, int64_t channels) {
+    Vec g[kPixels];
+#pragma GCC unroll 4
+    for (int m = 0; m < kPixels; ++m) g[m] = load_wide(from + m * s.K, channels);
+#pragma GCC unroll 3
+    for (int c = 0; c < 3; ++c) {
+      const Vec factor = load(weight + c * kLanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < kPixels; ++m) sum[m * 3 + c] += g[m] * factor;
+    }
+  };
   for (int64_t i = step.rows.first[h]; i < step.rows.first[h + 1]; ++i)
     for (int64_t j = step.columns.first[w]; j < step.columns.first[w + 1]; ++j) {
       const TapsOfAxis::Tap row = step.rows.taps[i], column = step.columns.taps[j];
       const X* from = grad + (row.output * s.Q + column.output) * s.K;
-      const float* weight = step.weight + (row.tap * s.S + column.tap) * vectors * 3 * kLanes;
-      int64_t v = 0;
-      for (; v + 2 <= vectors; v += 2, weight += 6 * kLanes) {
-        const Vec first = load_wide(from + v * kLanes);
-        const Vec second = load_wide(from + (v + 1) * kLanes, s.K - (v + 1) * kLanes);
-#pragma GCC unroll 3
-        for (int c = 0; c < 3; ++c) {
-          sum[0][c] += first * load(weight + c * kLanes);
-          sum[1][c] += second * load(weight + (3 + c) * kLanes);
-        }
-      }
-      if (v == vectors) continue;
-      const Vec last = load_wide(from + v * kLanes, s.K - v * kLanes);
-#pragma GCC unroll 3
-      for (int c = 0; c < 3; ++c) sum[0][c] += last * load(weight + c * kLanes);
+      const float* weight = step.weight + (row.tap * s.S + column.tap) * taps_floats;
+      for (int64_t k = 0; k < whole; k += kLanes) add(from + k, weight + 3 * k, kLanes);
+      if (whole < s.K) add(from + whole, weight + 3 * whole, s.K - whole);
     }
-  for (int c = 0; c < 3; ++c) found[c] = sum_lanes(sum[0][c] + sum[1][c]);
+  sum_lanes(sum, found);
+}
+
+// Adds what kPixels pixels of a row receive from image n, where its colours pass the clamp.
+template <int kPixels, typename X>
+void add_pixels(const FrameGradient& step, const X* grad, int64_t n, int64_t h, int64_t w, float* row) {
+  const PromptedImages& images = step.call.images;
+  const ConvShape& s = step.call.shape;
+  bool passes[kPixels * 3];
+  bool any = false;
+  for (int i = 0; i < kPixels * 3; ++i) {
+    const int64_t c = i % 3, col = w + i / 3 * s.stride_w;
+    passes[i] = true;
+    if (images.raw != nullptr) {
+      const int64_t at = n * images.stride_n + c * images.stride_c + h * images.stride_h + col * images.stride_w;
+      const float value = prompt_pixel(images, at) + images.raw[(h * s.W + col) * 3 + c];
+      passes[i] = value >= 0.0f && value <= 1.0f;
+    }
+    any = any || passes[i];
+  }
+  if (!any) return;
+  float found[kPixels * 3];
+  pixel_gradients<kPixels>(step, grad, h, w, found);
+  for (int i = 0; i < kPixels * 3; ++i)
+    if (passes[i]) row[(w + i / 3 * s.stride_w) * 3 + i % 3] += found[i];
 }
 
 template <typename X>
 void frame_gradient(const FrameGradient& step) {
   const PromptBackward& call = step.call;
-  const PromptedImages& images = call.images;
   const ConvShape& s = call.shape;
-  const int64_t frame = images.frame;
+  const int64_t frame = call.images.frame;
+  constexpr std::array add = {add_pixels<1, X>, add_pixels<2, X>, add_pixels<3, X>, add_pixels<4, X>};
+  static_assert(add.size() == kPixelsAlike);
+  const auto add_columns = [&](const X* grad, int64_t n, int64_t h, int64_t begin, int64_t end) {
+    float* const row = call.grad_canvas + h * s.W * 3;
+    for (int64_t first = begin; first < std::min(begin + s.stride_w, end); ++first)
+      for (int64_t w = first; w < end;) {
+        const int64_t pixels = std::min(step.columns.alike[w], (end - 1 - w) / s.stride_w + 1);
+        add[pixels - 1](step, grad, n, h, w, row);
+        w += pixels * s.stride_w;
+      }
+  };
+  // A few rows of the canvas read much the same rows of an image's gradient.
+  constexpr int64_t kRows = 4;
 #pragma omp parallel for num_threads(call.threads) schedule(dynamic, 1)
-  for (int64_t h = 0; h < s.H; ++h) {
-    float* const to = call.grad_canvas + h * s.W * 3;
-    zero_cells(to, 3 * s.W);
-    const bool on_frame = h < frame || h >= s.H - frame;
+  for (int64_t first = 0; first < s.H; first += kRows) {
+    const int64_t last = std::min(first + kRows, s.H);
+    zero_cells(call.grad_canvas + first * s.W * 3, 3 * s.W * (last - first));
     for (int64_t n = 0; n < step.images; ++n) {
       const X* grad = static_cast<const X*>(step.grad) + n * s.P * s.Q * s.K;
-      for (int64_t w = 0; w < s.W; ++w) {
-        if (!on_frame && w == frame) w = s.W - frame;
-        if (w == s.W) break;
-        bool passes[3] = {true, true, true};
-        if (images.raw != nullptr)
-          for (int c = 0; c < 3; ++c) {
-            const float value =
-                prompt_pixel(images, n * images.stride_n + c * images.stride_c + h * images.stride_h + w * images.stride_w) +
-                images.raw[(h * s.W + w) * 3 + c];
-            passes[c] = value >= 0.0f && value <= 1.0f;
-          }
-        if (!passes[0] && !passes[1] && !passes[2]) continue;
-        float found[3];
-        pixel_gradient(step, grad, h, w, found);
-        for (int c = 0; c < 3; ++c)
-          if (passes[c]) to[w * 3 + c] += found[c];
+      for (int64_t h = first; h < last; ++h) {
+        const bool on_frame = h < frame || h >= s.H - frame;
+        add_columns(grad, n, h, 0, on_frame ? s.W : frame);
+        if (!on_frame) add_columns(grad, n, h, s.W - frame, s.W);
       }
     }
   }
@@ -159,8 +195,8 @@ void lay_out_words(const WeightGradient& step, const CanvasRows<Cell>& canvases,
   const ConvShape& s = step.call.shape;
   const int64_t w = tile.area.q0 * s.stride_w - s.pad_w, next = step.w.step * 3;
   for (int64_t row = 0; row < rows; ++row, to += cols * 3) {
-    compose_row(canvases, std::max<int64_t>(tile.n, 0), tile.area.p0 * s.stride_h - s.pad_h + row * step.h.skip, w, cols,
-                step.w.skip, cells);
+    const int64_t h = tile.area.p0 * s.stride_h - s.pad_h + row * step.h.skip;
+    compose_row(canvases, std::max<int64_t>(tile.n, 0), h, w, cols, step.w.skip, cells);
     if constexpr (sizeof(Cell) == 4) {
       std::memcpy(to, cells, cols * 3 * sizeof(Cell));
     } else {
@@ -198,7 +234,8 @@ void add_tile(const WeightGradient& step, const X* grad, const OutputArea& area,
   lay_out_gradient<Cell, X, kVectors>(s, grad, area, k, laid_out);
   // Neighbouring taps of a row are one run of cells.
   const bool is_run = step.w.distance == 1;
-  const int64_t runs = is_run ? 1 : s.S, cells = is_run ? 3 * s.S : 3, shares = (cells + kBlockPixels - 1) / kBlockPixels;
+  const int64_t runs = is_run ? 1 : s.S, cells = is_run ? 3 * s.S : 3;
+  const int64_t shares = (cells + kBlockPixels - 1) / kBlockPixels;
   for (int64_t r = 0; r < s.R; ++r)
     for (int64_t run = 0; run < runs; ++run)
       for (int64_t share = 0; share < shares; ++share) {

@@ -39,7 +39,8 @@ class PromptCheck {
     GuardedArray floats(DType::kF32, static_cast<int64_t>(image_.size()), at_back_);
     for (size_t i = 0; i < image_.size(); ++i) {
       bytes.as<uint8_t>()[i] = static_cast<uint8_t>(127.5 * (uniform() + 1));
-      image_[i] = is_uint8_ ? bytes.as<uint8_t>()[i] / 255.0f : static_cast<float>(floats.set(i, 0.6 * uniform() + 0.5));
+      const double value = floats.set(i, 0.6 * uniform() + 0.5);
+      image_[i] = is_uint8_ ? bytes.as<uint8_t>()[i] / 255.0f : static_cast<float>(value);
     }
     bytes_ = std::move(bytes), floats_.push_back(std::move(floats));
   }
@@ -87,7 +88,7 @@ class PromptCheck {
       canvas[i] = rounded.set(0, (value - mean[c]) / deviation[c]);
     }
 
-    std::vector<double> y(s_.N * s_.P * s_.Q * s_.K), of_canvas(s_.H * s_.W * 3), of_weight(weight.count()), of_bias(s_.K);
+    std::vector<double> y(grad.count()), of_canvas(frame.count()), of_weight(weight.count()), of_bias(s_.K);
     std::vector<double> y_scale(y), canvas_scale(of_canvas), weight_scale(of_weight), bias_scale(of_bias);
     for (int64_t i = 0; i < static_cast<int64_t>(y.size()); ++i) {
       const int64_t k = i % s_.K, q = i / s_.K % s_.Q, p = i / s_.K / s_.Q % s_.P, n = i / s_.K / s_.Q / s_.P;
