@@ -110,7 +110,7 @@ class _Sparse(nn.Module):
         return self._prepared_for(x).run(x, self.bias, residual, self.act)
 
     def _prepared_for(self, x: Tensor) -> Runner:
-        return self._cache.get(self.values, self.layout, self.geometry, x, self.kernel)
+        return self._cache.get(self.values, self.layout, self.geometry, x.shape, x.dtype, self.kernel)
 
 
 def _pack_layer(

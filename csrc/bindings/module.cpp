@@ -37,6 +37,14 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<PreparedConv>(m, "PreparedConv")
       .def(
+          "refilled",
+          [](const PreparedConv& self, const Weights& w, int threads) {
+            py::gil_scoped_release release;
+            return self.refilled(w.raw, threads);
+          },
+          py::arg("weights"), py::arg("threads"),
+          "The same for other values of the same layout; None where only preparing them helps.")
+      .def(
           "run",
           [](const PreparedConv& self, uintptr_t x, const std::string& x_type, int64_t stride_n, int64_t stride_h,
              int64_t stride_w, uintptr_t y, const std::string& y_type, uintptr_t bias, uintptr_t residual,

@@ -20,11 +20,14 @@ struct AxisClass {
   std::vector<int64_t> tap;  // by its own tap, the forward tap
 };
 
-// Weights that are nobody else's.
+class TransposedWeights;
+
+// Weights that are nobody else's. With a layout their indices are there, and it can be filled with other values.
 struct OwnedWeights {
   std::unique_ptr<char[]> values;
   std::vector<int32_t> indptr, index;
   SparseWeights view{};
+  std::shared_ptr<const TransposedWeights> layout;
 };
 
 // The transposed weight of one class: rows are input channels (block: blocks of them), taps are the class's.

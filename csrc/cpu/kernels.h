@@ -28,6 +28,8 @@ class PreparedConv {
  public:
   virtual ~PreparedConv() = default;
   virtual void run(const ConvCall& call) const = 0;
+  // The same layer with other values of the same layout, at less cost than preparing it; null where it has no such way.
+  virtual std::unique_ptr<PreparedConv> refilled(const SparseWeights&, int /*threads*/) const { return nullptr; }
 };
 
 struct SparseConvKernel {

@@ -6,9 +6,10 @@
 // column, by whichever forward kernel this machine prefers.
 #include <algorithm>
 #include <memory>
-#include <numeric>
+#include <utility>
 
 #include "cpu/input_gradient.h"
+#include "cpu/transposed_weights.h"
 
 namespace vpns {
 namespace {
@@ -26,76 +27,6 @@ AxisClass axis_class(int64_t remainder, int64_t input, int64_t taps, int64_t str
 
 int64_t element_bytes(DType dtype) {
   return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2;
-}
-
-struct Entry {
-  int32_t row, column, from;
-};
-
-// Entries of the class, as (row of the transposed weight, its flat index, entry of the forward weight), in order.
-std::vector<Entry> class_entries(const ConvShape& s, const SparseWeights& w, const AxisClass& h, const AxisClass& v) {
-  const int64_t taps = s.R * s.S, own_taps = static_cast<int64_t>(h.tap.size() * v.tap.size());
-  const int64_t filters = s.K / s.groups, channels = s.C / s.groups;
-  const int64_t rows_per_group = (filters + w.bk - 1) / w.bk, columns_per_group = (channels + w.bc - 1) / w.bc;
-  std::vector<int32_t> own_tap(taps, -1);
-  for (size_t i = 0; i < h.tap.size(); ++i)
-    for (size_t j = 0; j < v.tap.size(); ++j)
-      own_tap[h.tap[i] * s.S + v.tap[j]] = static_cast<int32_t>(i * v.tap.size() + j);
-  std::vector<Entry> entries;
-  for (int64_t row = 0; row < s.groups * rows_per_group; ++row)
-    for (int32_t i = w.indptr[row]; i < w.indptr[row + 1]; ++i) {
-      const int32_t tap = own_tap[w.index[i] % taps];
-      if (tap < 0) continue;
-      const int64_t channel = w.index[i] / taps, group = row / rows_per_group;
-      entries.push_back({static_cast<int32_t>(group * columns_per_group + channel),
-                         static_cast<int32_t>(row % rows_per_group * own_taps + tap), i});
-    }
-  std::sort(entries.begin(), entries.end(),
-            [](const Entry& a, const Entry& b) { return a.row != b.row ? a.row < b.row : a.column < b.column; });
-  return entries;
-}
-
-// Channel weights: the lists change places, and the class's taps are picked in their order.
-OwnedWeights transpose_channels(const ConvShape& s, const SparseWeights& w, const AxisClass& h, const AxisClass& v) {
-  const int64_t bytes = element_bytes(w.dtype), taps = s.R * s.S;
-  OwnedWeights t;
-  t.indptr.assign(w.index, w.index + w.columns);
-  t.index.assign(w.indptr, w.indptr + w.count);
-  const char* from = static_cast<const char*>(w.values);
-  const bool has_taps = !h.tap.empty() && !v.tap.empty();
-  t.values = std::make_unique<char[]>(w.columns * w.count * (has_taps ? h.tap.size() * v.tap.size() : 1) * bytes);
-  char* to = t.values.get();
-  for (int64_t c = 0; c < w.columns && has_taps; ++c)
-    for (int64_t k = 0; k < w.count; ++k)
-      for (int64_t r : h.tap)
-        for (int64_t col : v.tap)
-          to = std::copy_n(from + ((k * w.columns + c) * taps + r * s.S + col) * bytes, bytes, to);
-  t.view = {w.format, w.dtype, t.values.get(), t.indptr.data(), t.index.data(), w.columns, 1, 1, w.count};
-  return t;
-}
-
-OwnedWeights transpose(const ConvShape& s, const SparseWeights& w, const AxisClass& h, const AxisClass& v) {
-  if (w.format == Format::kChannel) return transpose_channels(s, w, h, v);
-  const int64_t channels = s.C / s.groups, rows = s.groups * ((channels + w.bc - 1) / w.bc);
-  const int64_t bytes = element_bytes(w.dtype);
-  const std::vector<Entry> entries = class_entries(s, w, h, v);
-  OwnedWeights t;
-  t.indptr.assign(rows + 1, 0);
-  t.index.reserve(entries.size());
-  t.values = std::make_unique<char[]>(entries.size() * w.bk * w.bc * bytes);
-  const char* from = static_cast<const char*>(w.values);
-  char* to = t.values.get();
-  for (const Entry& entry : entries) {
-    ++t.indptr[entry.row + 1];
-    t.index.push_back(entry.column);
-    for (int64_t c = 0; c < w.bc; ++c)
-      for (int64_t k = 0; k < w.bk; ++k, to += bytes)
-        std::copy_n(from + ((entry.from * w.bk + k) * w.bc + c) * bytes, bytes, to);
-  }
-  std::partial_sum(t.indptr.begin(), t.indptr.end(), t.indptr.begin());
-  t.view = {w.format, w.dtype, t.values.get(), t.indptr.data(), t.index.data(), static_cast<int64_t>(entries.size()),
-            w.bc,     w.bk};
-  return t;
 }
 
 class PreparedInputGradient final : public PreparedConv {
@@ -116,8 +47,22 @@ class PreparedInputGradient final : public PreparedConv {
         const int64_t R = std::max<int64_t>(h.tap.size(), 1), S = std::max<int64_t>(v.tap.size(), 1);
         const ConvShape own{s.N, s.K,      s.P, s.Q,   s.C,   R,          S,          h.extent, v.extent,
                             1,   1,        h.pad, v.pad, h.dilation, v.dilation, s.groups};
-        parts_.push_back({a, b, choose_sparse_conv2d(kernel, own, t.view, grad_dtype).prepare(own, t.view)});
+        const SparseConvKernel& chosen = choose_sparse_conv2d(kernel, own, t.view, grad_dtype);
+        parts_.push_back({a, b, own, &chosen, t.layout, chosen.prepare(own, t.view)});
       }
+  }
+
+  std::unique_ptr<PreparedConv> refilled(const SparseWeights& w, int threads) const override {
+    std::vector<Part> parts;
+    for (const Part& part : parts_) {
+      if (part.layout == nullptr) return nullptr;
+      OwnedWeights t;
+      part.layout->fill(w, t, threads);
+      std::unique_ptr<PreparedConv> conv = part.conv->refilled(t.view, threads);
+      if (conv == nullptr) conv = part.kernel->prepare(part.shape, t.view);
+      parts.push_back({part.row, part.column, part.shape, part.kernel, part.layout, std::move(conv)});
+    }
+    return std::unique_ptr<PreparedConv>(new PreparedInputGradient(shape_, std::move(parts)));
   }
 
   // call.x is dy [N, P, Q, K], call.y is dx [N, H, W, C].
@@ -136,8 +81,12 @@ class PreparedInputGradient final : public PreparedConv {
  private:
   struct Part {
     int64_t row, column;
+    ConvShape shape;
+    const SparseConvKernel* kernel;
+    std::shared_ptr<const TransposedWeights> layout;  // null where the weights are other ones each time
     std::unique_ptr<PreparedConv> conv;
   };
+  PreparedInputGradient(const ConvShape& s, std::vector<Part> parts) : shape_(s), parts_(std::move(parts)) {}
   ConvShape shape_;
   std::vector<Part> parts_;
 };
@@ -151,7 +100,12 @@ std::unique_ptr<PreparedConv> prepare_input_gradient(const ConvShape& shape, con
 
 std::unique_ptr<PreparedConv> prepare_input_gradient(const ConvShape& shape, const SparseWeights& weights,
                                                      DType grad_dtype, const std::string& kernel) {
-  const auto transpose_class = [&](const AxisClass& h, const AxisClass& w) { return transpose(shape, weights, h, w); };
+  const auto transpose_class = [&](const AxisClass& h, const AxisClass& w) {
+    OwnedWeights t;
+    t.layout = std::make_shared<const TransposedWeights>(shape, weights, h.tap, w.tap);
+    t.layout->fill(weights, t, 1);
+    return t;
+  };
   return prepare_input_gradient(shape, transpose_class, grad_dtype, kernel);
 }
 

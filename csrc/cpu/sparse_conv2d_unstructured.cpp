@@ -17,22 +17,42 @@ constexpr UnstructuredVectors kAvx512{16, 4, kMaxSegmentAvx512, kMaxChunkWeights
 constexpr UnstructuredVectors kAvx512Fp16{32, 2, kMaxSegmentAvx512, kMaxChunkWeightsFp16, false};
 constexpr float kLargestFp16 = 65504.0f;
 
+using Parts = std::shared_ptr<const std::vector<UnstructuredPart>>;
+
+// The layout in the kernel's order, shared with those of other values, and the values in that order.
 class PreparedUnstructured final : public PreparedConv {
  public:
-  PreparedUnstructured(std::vector<UnstructuredPart> parts, RunUnstructured run) : parts_(std::move(parts)), run_(run) {}
+  PreparedUnstructured(Parts parts, const SparseWeights& weights, RunUnstructured run, int threads)
+      : parts_(std::move(parts)), run_(run) {
+    for (const UnstructuredPart& part : *parts_) {
+      const int32_t* const from = part.plan.from.data();
+      const int64_t count = static_cast<int64_t>(part.plan.from.size());
+      float* const to = weights_.emplace_back(new float[count]).get();
+#pragma omp parallel for num_threads(threads) if (threads > 1 && count > kLeastShared)
+      for (int64_t i = 0; i < count; ++i) to[i] = weight_at(weights, from[i]);
+    }
+  }
 
   void run(const ConvCall& call) const override {
-    for (const UnstructuredPart& part : parts_) run_(part.plan, call, part.first_image, part.images);
+    for (size_t i = 0; i < parts_->size(); ++i) run_((*parts_)[i], weights_[i].get(), call);
+  }
+
+  std::unique_ptr<PreparedConv> refilled(const SparseWeights& weights, int threads) const override {
+    return std::make_unique<PreparedUnstructured>(parts_, weights, run_, threads);
   }
 
  private:
-  std::vector<UnstructuredPart> parts_;
+  // So many values are put in order by several threads.
+  static constexpr int64_t kLeastShared = 16 * 1024;
+  Parts parts_;
+  std::vector<std::unique_ptr<float[]>> weights_;
   RunUnstructured run_;
 };
 
 template <const UnstructuredVectors& kVectors, RunUnstructured kRun>
 std::unique_ptr<PreparedConv> prepare(const ConvShape& s, const SparseWeights& weights) {
-  return std::make_unique<PreparedUnstructured>(make_unstructured_parts(s, weights, kVectors), kRun);
+  auto parts = std::make_shared<const std::vector<UnstructuredPart>>(make_unstructured_parts(s, weights, kVectors));
+  return std::make_unique<PreparedUnstructured>(std::move(parts), weights, kRun, 1);
 }
 
 std::string why_not(const ConvShape& s, const SparseWeights& weights, DType x_dtype) {

@@ -33,11 +33,6 @@ struct Lanes {
   int64_t patch_p, patch_q;  // output pixels of a patch
 };
 
-struct TapEntry {
-  int32_t offset;  // elements from the segment's base to the vector this weight multiplies
-  float weight;
-};
-
 // The entries that an output channel of a block has in a chunk; they follow those of the run before.
 struct Run {
   int32_t filter;  // counted from the block's first
@@ -57,34 +52,32 @@ struct UnstructuredPlan {
   int64_t channel_stride;       // elements between two channels of the planes
   int64_t chunks;               // of input channels
   std::vector<int64_t> blocks;  // output channels of block b of a group: [blocks[b], blocks[b + 1])
-  std::vector<TapEntry> entries;
-  std::vector<int32_t> from;  // by entry, which packed weight it is
+  std::vector<int32_t> offsets;  // by entry: elements from the segment's base to the vector it multiplies
+  std::vector<int32_t> from;     // by entry, which packed weight it is
   std::vector<Run> runs;
   std::vector<RunStart> starts;  // [groups][blocks][chunks], and the end
 
   int64_t block_count() const { return static_cast<int64_t>(blocks.size()) - 1; }
 };
 
-// A plan and the images that it takes: as many as there are lanes, or those left over.
+// A plan and the images [first_image, first_image + images) of a call that it takes: those that fill lanes, or those left
+// over. Lanes beyond the last stay empty.
 struct UnstructuredPart {
   UnstructuredPlan plan;
   int64_t first_image, images;
 };
 
-// Of the weights the values may be null: then their entries are zero.
-std::vector<UnstructuredPart> make_unstructured_parts(const ConvShape&, const SparseWeights&, const UnstructuredVectors&);
+// For a layout, whatever its values.
+std::vector<UnstructuredPart> make_unstructured_parts(const ConvShape&, const SparseWeights& layout,
+                                                      const UnstructuredVectors&);
 
-// Other values of the same layout.
-void refill(UnstructuredPlan&, const SparseWeights&);
-
-// Images [first_image, first_image + images) of a call; lanes beyond the last stay empty.
-using RunUnstructured = void (*)(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
-
-void run_unstructured_avx2(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
-void run_unstructured_avx512(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
-void run_unstructured_avx512_emulated(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
-void run_unstructured_avx512_fp16(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
-void run_unstructured_avx512_fp16_emulated(const UnstructuredPlan&, const ConvCall&, int64_t first_image, int64_t images);
+// `weights` are those of the part's entries.
+using RunUnstructured = void (*)(const UnstructuredPart&, const float* weights, const ConvCall&);
+void run_unstructured_avx2(const UnstructuredPart&, const float* weights, const ConvCall&);
+void run_unstructured_avx512(const UnstructuredPart&, const float* weights, const ConvCall&);
+void run_unstructured_avx512_emulated(const UnstructuredPart&, const float* weights, const ConvCall&);
+void run_unstructured_avx512_fp16(const UnstructuredPart&, const float* weights, const ConvCall&);
+void run_unstructured_avx512_fp16_emulated(const UnstructuredPart&, const float* weights, const ConvCall&);
 
 // Registers that hold sums: of 16 (32) one holds the weight, one is left to the compiler.
 constexpr int kMaxSegmentAvx2 = 14;

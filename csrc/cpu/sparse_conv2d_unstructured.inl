@@ -27,7 +27,8 @@ constexpr int kWide = kParts * kLanes;
 // out[r][c] (+)= Σ weight · x[offset + r · pitch + c], all but `pitch` in vectors. A chunk is summed up before it joins the
 // others: one sum over all kept weights would lose more to rounding.
 template <int R, int C, bool kFirst>
-void accumulate(const Plane* x, int64_t pitch, const TapEntry* entry, const TapEntry* end, float* out, float start) {
+void accumulate(const Plane* x, int64_t pitch, const int32_t* offset, const int32_t* end, const float* weights,
+                float* out, float start) {
   const Plane* row[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -39,9 +40,9 @@ void accumulate(const Plane* x, int64_t pitch, const TapEntry* entry, const TapE
   // Unrolled before anything else, else the sums pass through the stack.
 #pragma GCC unroll 32
   for (int t = 0; t < R * C; ++t) sum[t] = kFirst ? start_sums(start) : PlaneVec{};
-  for (; entry != end; ++entry) {
-    const int64_t tap = entry->offset;
-    const PlaneVec weight = broadcast_weight(entry->weight);
+  for (; offset != end; ++offset, ++weights) {
+    const int64_t tap = *offset;
+    const PlaneVec weight = broadcast_weight(*weights);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 32
@@ -54,7 +55,7 @@ void accumulate(const Plane* x, int64_t pitch, const TapEntry* entry, const TapE
       store(out, kFirst ? join_start(part_of(sum[t], part), start) : load(out) + part_of(sum[t], part));
 }
 
-using Accumulate = void (*)(const Plane*, int64_t, const TapEntry*, const TapEntry*, float*, float);
+using Accumulate = void (*)(const Plane*, int64_t, const int32_t*, const int32_t*, const float*, float*, float);
 
 template <int R, bool kFirst, int... C>
 constexpr std::array<Accumulate, kMaxSegment> accumulate_row(std::integer_sequence<int, C...>) {
@@ -115,17 +116,18 @@ struct Segment {
 };
 
 // sums[filter of the block][row][column][lane]
-void multiply(const UnstructuredPlan& plan, const Segment& segment, const Plane* x, int64_t g, int64_t block,
-              const float* bias, float* sums) {
+void multiply(const UnstructuredPlan& plan, const float* weights, const Segment& segment, const Plane* x, int64_t g,
+              int64_t block, const float* bias, float* sums) {
   const int64_t pitch = plan.planes.cols * kWide;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
     const Accumulate run_entries =
         (chunk == 0 ? kAccumulateFirst : kAccumulateMore)[segment.rows - 1][segment.cols - 1];
     const RunStart* start = &plan.starts[(g * plan.block_count() + block) * plan.chunks + chunk];
-    const TapEntry* entry = plan.entries.data() + start[0].entry;
+    int64_t entry = start[0].entry;
     for (int64_t i = start[0].run; i < start[1].run; ++i) {
       const Run& run = plan.runs[i];
-      run_entries(x, pitch, entry, entry + run.count, sums + run.filter * segment.floats(),
+      const int32_t* const offset = plan.offsets.data() + entry;
+      run_entries(x, pitch, offset, offset + run.count, weights + entry, sums + run.filter * segment.floats(),
                   bias ? bias[run.filter] : 0.0f);
       entry += run.count;
     }
@@ -154,8 +156,8 @@ void store_segment(const UnstructuredPlan& plan, const ConvCall& call, const Til
 
 // All segments of a tile for one block of output channels.
 template <typename Y>
-void run_block(const UnstructuredPlan& plan, const ConvCall& call, const Tile& tile, int64_t block, const Plane* planes,
-               float* sums, PhaseClock& clock) {
+void run_block(const UnstructuredPlan& plan, const float* weights, const ConvCall& call, const Tile& tile, int64_t block,
+               const Plane* planes, float* sums, PhaseClock& clock) {
   const int64_t filters = plan.shape.K / plan.shape.groups;
   const int64_t k0 = tile.g * filters + plan.blocks[block], count = plan.blocks[block + 1] - plan.blocks[block];
   const float* bias = call.bias ? static_cast<const float*>(call.bias) + k0 : nullptr;
@@ -164,7 +166,7 @@ void run_block(const UnstructuredPlan& plan, const ConvCall& call, const Tile& t
   for (int64_t p = 0; p < rows; p += plan.rows)
     for (int64_t q = 0; q < cols; q += plan.cols) {
       const Segment segment{tile.p0 + p, tile.q0 + q, std::min(plan.rows, rows - p), std::min(plan.cols, cols - q)};
-      multiply(plan, segment, planes + (p * plan.planes.cols + q) * kWide, tile.g, block, bias, sums);
+      multiply(plan, weights, segment, planes + (p * plan.planes.cols + q) * kWide, tile.g, block, bias, sums);
       clock.ends(kProducts);
       store_segment<Y>(plan, call, tile, segment, k0, count, sums);
       clock.ends(kStores);
@@ -172,7 +174,9 @@ void run_block(const UnstructuredPlan& plan, const ConvCall& call, const Tile& t
 }
 
 template <typename X, typename Y>
-void run_typed(const UnstructuredPlan& plan, const ConvCall& call, int64_t first_image, int64_t images) {
+void run_typed(const UnstructuredPart& part, const float* weights, const ConvCall& call) {
+  const UnstructuredPlan& plan = part.plan;
+  const int64_t first_image = part.first_image, images = part.images;
   const ConvShape& s = plan.shape;
   const int64_t tiles_p = ceil_div(plan.lanes.patch_p, plan.planes.tile_p);
   const int64_t tiles_q = ceil_div(plan.lanes.patch_q, plan.planes.tile_q);
@@ -203,7 +207,7 @@ void run_typed(const UnstructuredPlan& plan, const ConvCall& call, int64_t first
       clock.ends(kLayout);
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t i = 0; i < tiles * blocks; ++i)
-        run_block<Y>(plan, call, tile_at(i / blocks), i % blocks, planes + i / blocks * tile_planes, sums, clock);
+        run_block<Y>(plan, weights, call, tile_at(i / blocks), i % blocks, planes + i / blocks * tile_planes, sums, clock);
     } else {
       float* const sums = thread_scratch(sum_floats + tile_floats);
       Plane* const planes = reinterpret_cast<Plane*>(sums + sum_floats);
@@ -212,7 +216,7 @@ void run_typed(const UnstructuredPlan& plan, const ConvCall& call, int64_t first
         load_planes<X>(plan, call, tile_at(i), 0, plane_rows, planes);
         clock.ends(kLayout);
         for (int64_t block = 0; block < blocks; ++block)
-          run_block<Y>(plan, call, tile_at(i), block, planes, sums, clock);
+          run_block<Y>(plan, weights, call, tile_at(i), block, planes, sums, clock);
       }
     }
   }
@@ -220,8 +224,8 @@ void run_typed(const UnstructuredPlan& plan, const ConvCall& call, int64_t first
 
 }  // namespace
 
-void VPNS_RUN_UNSTRUCTURED(const UnstructuredPlan& plan, const ConvCall& call, int64_t first_image, int64_t images) {
-  with_types(call, [&](auto x, auto y) { run_typed<decltype(x), decltype(y)>(plan, call, first_image, images); });
+void VPNS_RUN_UNSTRUCTURED(const UnstructuredPart& part, const float* weights, const ConvCall& call) {
+  with_types(call, [&](auto x, auto y) { run_typed<decltype(x), decltype(y)>(part, weights, call); });
 }
 
 namespace {

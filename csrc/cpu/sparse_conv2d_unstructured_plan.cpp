@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu/sparse_conv2d.h"
+#include "cpu/isa.h"
 #include "cpu/sparse_conv2d_unstructured.h"
 
 namespace vpns {
@@ -117,7 +117,7 @@ std::vector<int64_t> make_blocks(const ConvShape& s, const SparseWeights& weight
 void add_entries(UnstructuredPlan& plan, const SparseWeights& weights, int64_t chunk) {
   const ConvShape& s = plan.shape;
   const int64_t channels = s.C / s.groups, filters = s.K / s.groups, taps = s.R * s.S;
-  plan.entries.reserve(weights.count);
+  plan.offsets.reserve(weights.count);
   plan.from.reserve(weights.count);
   std::vector<std::pair<Run, int32_t>> found;  // and where its weights begin
   for (int64_t g = 0; g < s.groups; ++g) {
@@ -136,19 +136,19 @@ void add_entries(UnstructuredPlan& plan, const SparseWeights& weights, int64_t c
         }
         std::stable_sort(found.begin(), found.end(),
                          [](const auto& a, const auto& b) { return a.first.count < b.first.count; });
-        plan.starts.push_back({static_cast<int64_t>(plan.runs.size()), static_cast<int64_t>(plan.entries.size())});
+        plan.starts.push_back({static_cast<int64_t>(plan.runs.size()), static_cast<int64_t>(plan.offsets.size())});
         for (const auto& [run, begin] : found) {
           plan.runs.push_back(run);
           for (int32_t i = begin; i < begin + run.count; ++i) {
             const int64_t flat = weights.index[i], channel = flat / taps, r = flat % taps / s.S, col = flat % s.S;
             const int64_t offset = channel * plan.channel_stride + plan.planes.tap(r, col) * plan.lanes.count;
-            plan.entries.push_back({static_cast<int32_t>(offset), weights.values ? weight_at(weights, i) : 0.0f});
+            plan.offsets.push_back(static_cast<int32_t>(offset));
             plan.from.push_back(i);
           }
         }
       }
   }
-  plan.starts.push_back({static_cast<int64_t>(plan.runs.size()), static_cast<int64_t>(plan.entries.size())});
+  plan.starts.push_back({static_cast<int64_t>(plan.runs.size()), static_cast<int64_t>(plan.offsets.size())});
 }
 
 UnstructuredPlan make_plan(const ConvShape& s, const SparseWeights& weights, const UnstructuredVectors& v, const Lanes& lanes) {
@@ -173,11 +173,6 @@ std::vector<UnstructuredPart> make_unstructured_parts(const ConvShape& s, const 
   if (rest > 0)
     parts.push_back({make_plan(s, weights, v, choose_lanes(s, v, rest, entries_per_group(s, weights))), whole, rest});
   return parts;
-}
-
-void refill(UnstructuredPlan& plan, const SparseWeights& weights) {
-  const int64_t count = static_cast<int64_t>(plan.entries.size());
-  for (int64_t i = 0; i < count; ++i) plan.entries[i].weight = weight_at(weights, plan.from[i]);
 }
 
 }  // namespace vpns

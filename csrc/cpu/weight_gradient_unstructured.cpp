@@ -39,7 +39,7 @@ const std::vector<Kernel>& kernels() {
 
 UnstructuredGradPart with_pieces(UnstructuredPart part) {
   const UnstructuredPlan& plan = part.plan;
-  const int64_t entries = static_cast<int64_t>(plan.entries.size());
+  const int64_t entries = static_cast<int64_t>(plan.offsets.size());
   const int64_t tiles = ceil_div(part.images, plan.lanes.images) * plan.shape.groups *
                         ceil_div(plan.lanes.patch_p, plan.planes.tile_p) * ceil_div(plan.lanes.patch_q, plan.planes.tile_q);
   const int64_t pieces = std::max(kSumBytes / (4 * std::max<int64_t>(entries, 1)), kLeastPieces);

@@ -5,14 +5,14 @@ constexpr int kMaxGradSegment = VPNS_MAX_GRAD_SEGMENT;
 // Sums that wait to be added up over their lanes: a run's, and what was left of those before.
 constexpr int64_t kWaiting = kMaxChunkWeights + kLanes;
 
-// Lanes of E sums: out[e] = Σ over the segment of dy · x[offset of entry e + r · pitch + c].
+// Lanes of E sums: out[e] = Σ over the segment of dy · x[offset[e] + r · pitch + c].
 template <int R, int C, int E>
-inline void sum_entries(const float* const* row, const Vec* dy, const TapEntry* entry, float* out) {
+inline void sum_entries(const float* const* row, const Vec* dy, const int32_t* offset, float* out) {
   int64_t tap[E];
   Vec sum[E];
 #pragma GCC unroll 4
   for (int e = 0; e < E; ++e) {
-    tap[e] = entry[e].offset;
+    tap[e] = offset[e];
     sum[e] = Vec{};
   }
 #pragma GCC unroll 4
@@ -27,7 +27,7 @@ inline void sum_entries(const float* const* row, const Vec* dy, const TapEntry* 
 
 // Lanes of the sums of all entries of a run.
 template <int R, int C>
-void sum_run(const float* x, int64_t pitch, const TapEntry* entry, int64_t count, const float* dy, int64_t dy_pitch,
+void sum_run(const float* x, int64_t pitch, const int32_t* offset, int64_t count, const float* dy, int64_t dy_pitch,
              float* out) {
   const float* row[R];
   Vec held[R * C];
@@ -39,16 +39,16 @@ void sum_run(const float* x, int64_t pitch, const TapEntry* entry, int64_t count
 #pragma GCC unroll 32
     for (int c = 0; c < C; ++c) held[r * C + c] = load(dy + r * dy_pitch + c * kLanes);
   }
-  const TapEntry* const end = entry + count;
-  for (; end - entry >= kGradEntries; entry += kGradEntries, out += kGradEntries * kLanes)
-    sum_entries<R, C, kGradEntries>(row, held, entry, out);
-  const int64_t left = end - entry;
-  if (left == 3) sum_entries<R, C, 3>(row, held, entry, out);
-  else if (left == 2) sum_entries<R, C, 2>(row, held, entry, out);
-  else if (left == 1) sum_entries<R, C, 1>(row, held, entry, out);
+  const int32_t* const end = offset + count;
+  for (; end - offset >= kGradEntries; offset += kGradEntries, out += kGradEntries * kLanes)
+    sum_entries<R, C, kGradEntries>(row, held, offset, out);
+  const int64_t left = end - offset;
+  if (left == 3) sum_entries<R, C, 3>(row, held, offset, out);
+  else if (left == 2) sum_entries<R, C, 2>(row, held, offset, out);
+  else if (left == 1) sum_entries<R, C, 1>(row, held, offset, out);
 }
 
-using SumRun = void (*)(const float*, int64_t, const TapEntry*, int64_t, const float*, int64_t, float*);
+using SumRun = void (*)(const float*, int64_t, const int32_t*, int64_t, const float*, int64_t, float*);
 template <int R, int... C>
 constexpr std::array<SumRun, kMaxGradSegment> sum_run_row(std::integer_sequence<int, C...>) {
   return {sum_run<R, C + 1>...};
@@ -93,7 +93,7 @@ void add_segment(const UnstructuredGradPart& own, const Segment& segment, const 
   for (int64_t i = start[0].run; i < start[plan.chunks].run; ++i) {
     const Run& run = plan.runs[i];
     if (run.count == 0) continue;
-    sum_run(x, pitch, &plan.entries[entry], run.count, dy + run.filter * own.filter_stride, dy_pitch,
+    sum_run(x, pitch, &plan.offsets[entry], run.count, dy + run.filter * own.filter_stride, dy_pitch,
             waiting + (entry - done) * kLanes);
     entry += run.count;
     int64_t from = 0;
@@ -159,7 +159,7 @@ void run_unstructured_grad(const UnstructuredGradPart& own, const WeightGradCall
     const int64_t n = first_image + rest / s.groups * plan.lanes.images;
     return Tile{n, first_image + images, rest % s.groups, p * plan.planes.tile_p, q * plan.planes.tile_q};
   };
-  const int64_t entries = static_cast<int64_t>(plan.entries.size()), blocks = plan.block_count(), pieces = own.pieces;
+  const int64_t entries = static_cast<int64_t>(plan.offsets.size()), blocks = plan.block_count(), pieces = own.pieces;
   const int64_t plane_floats = s.C / s.groups * plan.channel_stride, dy_floats = s.K / s.groups * own.filter_stride;
   const int64_t plane_rows = plan.planes.plane_count() * plan.planes.rows, rows = plane_rows + plan.planes.tile_p;
   // Planes and dy of a tile, row by row.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import ConvGeometry, Packed, native, pack, parse_pattern, sparse_conv2d, unpack
+from vpns_kernels.ops import _cpu
 from vpns_kernels.patterns import Channel
 from vpns_kernels.testing import poisoned_memory
 
@@ -238,3 +241,62 @@ def test_a_backend_that_cannot_run_a_pass_is_refused_where_the_pass_is_wanted() 
     for backends in (("cpu", "cpu"), ("auto", "auto", "fpga")):
         with pytest.raises(ValueError, match=r"expected (one backend, or three|backend in)"):
             sparse_conv2d(x, values.detach(), packed.layout, packed.geometry, backend=backends)
+
+
+@pytest.mark.parametrize("spec", ["unstructured", "block:16x16", "channel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_that_an_optimizer_changed_give_the_bits_of_a_fresh_layer(
+    spec: str, dtype: torch.dtype
+) -> None:
+    geometry = ConvGeometry(48, 40, (3, 3), (2, 1), (1, 1))
+    packed, (x, grad) = make(geometry, spec, torch.float32), inputs(geometry, 19, dtype)
+    backends = native_where_it_can(packed, dtype)
+    values = packed.values.requires_grad_()
+
+    def step(values: Tensor, layout: tuple[Tensor, ...]) -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        y = sparse_conv2d(leaf, values, layout, geometry, backend=backends)
+        return [y.detach(), *torch.autograd.grad(y, (leaf, values), grad)]
+
+    for change in (lambda: values.add_(1), lambda: values.data.mul_(-2), lambda: None):
+        with torch.no_grad():
+            change()
+        found = step(values, packed.layout)
+        fresh = values.detach().clone().requires_grad_()
+        expected = step(fresh, tuple(array.clone() for array in packed.layout))
+        assert all(map(torch.equal, found, expected))
+        assert [tensor.dtype for tensor in found] == [dtype, dtype, torch.float32]
+
+
+def test_a_layout_is_planned_once_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry, planned = ConvGeometry(32, 32, (3, 3), padding=(1, 1)), []
+    packed, (x, grad) = make(geometry, "unstructured", torch.float32), inputs(geometry, 2, torch.float32)
+    describe = _cpu.prepared.describe
+    for module in (_cpu.prepared, _cpu.gradients):
+        monkeypatch.setattr(module, "describe", lambda *args: planned.append(1) or describe(*args))
+    for _ in range(3):
+        gradients(packed, x, grad, "cpu")
+        packed.values.mul_(2)
+    assert len(planned) == 3  # one for each pass
+
+
+def test_a_layout_changed_in_place_is_noticed_by_the_gradients() -> None:
+    geometry = ConvGeometry(32, 32, (1, 1))
+    packed, (x, grad) = make(geometry, "unstructured", torch.float32), inputs(geometry, 2, torch.float32)
+    for backward in (_cpu.input_gradient, _cpu.weight_gradient):
+        first = x.shape if backward is _cpu.input_gradient else x
+        layout = [array.clone() for array in packed.layout]
+        backward(grad, first, packed.values, layout, geometry)
+        layout[1][3] = -1
+        with pytest.raises(ValueError, match="layout: expected"):
+            backward(grad, first, packed.values, layout, geometry)
+
+
+def test_what_is_planned_goes_with_the_layout() -> None:
+    geometry = ConvGeometry(32, 32, (1, 1))
+    packed, (x, grad) = make(geometry, "unstructured", torch.float32), inputs(geometry, 2, torch.float32)
+    gradients(packed, x, grad, "cpu")
+    index = weakref.ref(packed.layout[0])
+    del packed
+    gc.collect()
+    assert index() is None

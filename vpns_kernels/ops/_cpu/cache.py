@@ -1,10 +1,13 @@
-"""Which prepared forms of a packed weight are kept? Those used last, until the weight changes or is gone."""
+"""Which prepared forms of a packed weight are kept? Those used last, until the layout changes or is gone.
+
+Training changes the values at each step, but not their layout: that is validated and planned once, and the
+form of each pass is filled with the new values.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -15,9 +18,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from vpns_kernels.formats import validate
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._cpu import prepared
+from vpns_kernels.ops._cpu.gradients import InputGradient, WeightGradient
 from vpns_kernels.ops._cpu.prepared import Prepared
 
-# Input shapes (and dtypes and thread counts) for which a weight is kept in its kernel's order.
+# Input shapes (and dtypes and thread counts) for which a pass keeps a weight in its kernel's order.
 _KEPT_SHAPES = 8
 
 _Form = TypeVar("_Form")
@@ -26,10 +30,11 @@ _Prepare = Callable[[Tensor, Sequence[Tensor], ConvGeometry, Sequence[int], torc
 
 
 class PreparedCache(Generic[_Form]):
-    """The forms of one weight; any number of threads may ask. Never copied or saved with its owner.
+    """The forms of one layout; any number of threads may ask. Never copied or saved with its owner.
 
     Args:
-        prepare: makes a form; importable by name, so that an owner can be pickled.
+        prepare: makes a form; importable by name, so that an owner can be pickled. A form that can take
+            other values of its layout at less cost has `refilled(values)`, which gives the new form.
         compares_values: at each call, with a copy. Otherwise a change of them through `.data` goes unnoticed,
             as one of the layout always does: it leaves no trace.
     """
@@ -46,55 +51,86 @@ class PreparedCache(Generic[_Form]):
         return PreparedCache, (self._prepare, self._compares_values)
 
     def get(
-        self, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry, x: Tensor, kernel: str = ""
+        self,
+        values: Tensor,
+        layout: Sequence[Tensor],
+        geometry: ConvGeometry,
+        x_shape: Sequence[int],
+        x_dtype: torch.dtype,
+        kernel: str = "",
+        prepare: _Prepare[_Form] | None = None,
     ) -> _Form:
-        """The form that takes x; a new layout is validated first."""
-        args = (values, layout, geometry, x.shape, x.dtype, kernel)
+        """The form for inputs of this shape and dtype; a new layout is validated first.
+
+        Args:
+            prepare: makes the form in place of the cache's own.
+        """
+        make = prepare or self._prepare
+        args = (values, layout, geometry, x_shape, x_dtype, kernel)
         if any(tensor.is_inference() for tensor in (values, *layout)):
             # Made under inference_mode: changes leave no trace, so nothing may be kept.
             validate(values, layout, geometry)
-            return self._prepare(*args)
-        key = (x.shape, x.dtype, kernel, torch.get_num_threads())
-        stamps = _stamp(values), values.shape, geometry, *map(_stamp, layout)
+            return make(*args)
+        key = (tuple(x_shape), x_dtype, kernel, torch.get_num_threads(), values.dtype)
+        stamps = values.shape, geometry, *map(_stamp, layout)
         with self._lock:
             made = self._made
-            if made is not None and made.is_of(stamps, values):
-                found = made.forms.get(key)
-                if found is not None:
-                    made.forms.move_to_end(key)
-                    return found
-            else:
-                # Values that training changed still have the layout that was validated.
-                if made is None or made.stamps[1:] != stamps[1:]:
-                    validate(values, layout, geometry)
-                storages = tuple(tensor.untyped_storage() for tensor in (values, *layout))
-                copy = values.detach().clone() if self._compares_values else None
-                made = self._made = _Made(stamps, storages, copy)
+            if made is None or made.stamps != stamps:
+                validate(values, layout, geometry)
+                made = self._made = _Made(stamps, tuple(tensor.untyped_storage() for tensor in layout))
+            filling = made.filling_of(values, self._compares_values)
+            forms = made.forms.setdefault(make, OrderedDict())
+            found, filled = forms.get(key, (None, -1))
+            if found is not None and filled == filling:
+                forms.move_to_end(key)
+                return found
         # Outside the lock: other shapes need not wait. Two threads may prepare the same; one is kept.
-        found = self._prepare(*args)
+        form = None if found is None else _refilled(found, values)
+        if form is None:
+            form = make(*args)
         with self._lock:
-            found = made.forms.setdefault(key, found)
-            made.forms.move_to_end(key)
-            while len(made.forms) > _KEPT_SHAPES:
-                made.forms.popitem(last=False)
-        return found
+            known, filled = forms.get(key, (None, -1))
+            if known is not None and filled >= filling:
+                return known if filled == filling else form
+            forms[key] = form, filling
+            forms.move_to_end(key)
+            while len(forms) > _KEPT_SHAPES:
+                forms.popitem(last=False)
+        return form
 
 
-@dataclass(frozen=True)
+def _refilled(form: _Form, values: Tensor) -> _Form | None:
+    refilled: _Form | None = form.refilled(values) if hasattr(form, "refilled") else None
+    return refilled
+
+
 class _Made(Generic[_Form]):
-    """Forms, least recently used first, and what they were made from.
+    """Forms by what made them, least recently used first, each with the number of the filling it holds.
 
     Holding on to the storages keeps their addresses from being given to others, so that equal stamps mean
     equal content.
     """
 
-    stamps: tuple[object, ...]
-    storages: tuple[object, ...]
-    copy: Tensor | None
-    forms: OrderedDict[tuple[object, ...], _Form] = field(default_factory=OrderedDict)
+    def __init__(self, stamps: tuple[object, ...], storages: tuple[object, ...]) -> None:
+        self.stamps, self.storages = stamps, storages
+        self.forms: dict[Any, OrderedDict[tuple[object, ...], tuple[_Form, int]]] = {}
+        self._filling, self._values_stamp = 0, tuple[object, ...]()
+        self._values_storage: object = None
+        self._copy: Tensor | None = None
 
-    def is_of(self, stamps: tuple[object, ...], values: Tensor) -> bool:
-        return self.stamps == stamps and (self.copy is None or torch.equal(self.copy, values))
+    def filling_of(self, values: Tensor, compares_values: bool) -> int:
+        """A number that rises whenever the values are others than at the last call."""
+        stamp = _stamp(values)
+        is_same = stamp == self._values_stamp and (self._copy is None or torch.equal(self._copy, values))
+        if not is_same:
+            self._filling += 1
+            self._values_stamp, self._values_storage = stamp, values.untyped_storage()
+            self._copy = values.detach().clone() if compares_values else None
+            # What cannot be filled again is of no more use.
+            for forms in self.forms.values():
+                for key in [key for key, (form, _) in forms.items() if not hasattr(form, "refilled")]:
+                    del forms[key]
+        return self._filling
 
 
 def _stamp(tensor: Tensor) -> tuple[object, ...]:
@@ -102,15 +138,38 @@ def _stamp(tensor: Tensor) -> tuple[object, ...]:
 
 
 # For calls of the op, which owns nothing: in a compiled or exported graph nobody else could keep the forms.
-# They go when the tensor of values goes. Comparing costs little beside validating and preparing anew.
+# They go when the first tensor of the layout goes, so they must not hold it. Comparing costs little beside
+# preparing anew.
 _CACHES = WeakTensorKeyDictionary()
 _CACHES_LOCK = Lock()
 
 
 def prepared_for(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry, x: Tensor) -> Prepared:
-    """The form of these values that takes x, kept as long as the values live."""
+    """The form of these values that takes x, kept as long as their layout lives."""
+    make = prepared.Prepared
+    form: Prepared = _cache_of(layout).get(values, layout, geometry, x.shape, x.dtype, "", make)
+    return form
+
+
+def input_gradient(
+    grad: Tensor, x_shape: Sequence[int], values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry
+) -> Tensor:
+    """[N, K, P, Q] → [N, C, H, W] as grad, channels_last: the forward kernels, on the transposed weight."""
+    cache: PreparedCache[InputGradient] = _cache_of(layout)
+    return cache.get(values, layout, geometry, x_shape, grad.dtype, "", InputGradient).run(grad)
+
+
+def weight_gradient(
+    grad: Tensor, x: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry
+) -> Tensor:
+    """Of the kept weights (of block weights, the kept blocks) only: float32, in their packed order."""
+    cache: PreparedCache[WeightGradient] = _cache_of(layout)
+    return cache.get(values, layout, geometry, x.shape, x.dtype, "", WeightGradient).run(grad, x)
+
+
+def _cache_of(layout: Sequence[Tensor]) -> PreparedCache[Any]:
     with _CACHES_LOCK:
-        cache: PreparedCache[Prepared] | None = _CACHES.get(values)
+        cache: PreparedCache[Any] | None = _CACHES.get(layout[0])
         if cache is None:
-            cache = _CACHES[values] = PreparedCache(prepared.Prepared, compares_values=True)
-    return cache.get(values, layout, geometry, x)
+            cache = _CACHES[layout[0]] = PreparedCache(prepared.Prepared, compares_values=True)
+    return cache

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from vpns_kernels import native
 from vpns_kernels.geometry import ConvGeometry
 
-_NAMES = {
+DTYPE_NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -31,13 +32,41 @@ def why_not(x: Tensor, values: Tensor, kernel: str = "") -> str | None:
     """
     if x.device.type != "cpu" or values.device.type != "cpu":
         return f"it takes CPU tensors, got {x.device} and {values.device}"
-    if x.dtype not in _NAMES or values.dtype not in _NAMES:
-        return f"it takes {', '.join(_NAMES.values())}, got {x.dtype} and {values.dtype}"
+    if x.dtype not in DTYPE_NAMES or values.dtype not in DTYPE_NAMES:
+        return f"it takes {', '.join(DTYPE_NAMES.values())}, got {x.dtype} and {values.dtype}"
     if (x.dtype == torch.float64) != (values.dtype == torch.float64):
         return f"it takes float64 with float64 only, got {x.dtype} and {values.dtype}"
     if values.dim() == 4 and not kernel and (x.dtype == torch.float64 or not _HAS_CHANNEL_KERNEL):
         return "for these channel weights it has the scalar kernel only; they run as a smaller dense layer"
     return native.why_not()
+
+
+def describe(
+    values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry, x_shape: Sequence[int]
+) -> tuple[list[int], Any, tuple[Tensor, ...]]:
+    """A layer's sizes and its weight as the library takes them, and the tensors that must outlive these."""
+    images, _, height, width = x_shape
+    K, _, R, S = geometry.weight_shape
+    sizes = [images, geometry.in_channels, height, width, K, R, S, *geometry.output_size(height, width)]
+    sizes += [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
+    values = values.detach().contiguous()
+    first, second = layout[0].contiguous(), layout[1].contiguous()
+    weights = native.library().Weights(
+        values.data_ptr(), DTYPE_NAMES[values.dtype], first.data_ptr(), second.data_ptr(), list(values.shape)
+    )
+    return sizes, weights, (values, first, second)
+
+
+_Form = TypeVar("_Form")
+
+
+def refill(form: _Form, values: Tensor) -> _Form | None:
+    """A prepared form with other values in its handle; None where its kernel must be prepared anew."""
+    values = values.detach().contiguous()
+    weights = native.library().Weights(values.data_ptr(), DTYPE_NAMES[values.dtype], 0, 0, list(values.shape))
+    other: Any = copy(form)
+    other._handle = other._handle.refilled(weights, torch.get_num_threads())
+    return None if other._handle is None else other
 
 
 class Prepared:
@@ -57,20 +86,18 @@ class Prepared:
     ) -> None:
         images, _, height, width = x_shape
         P, Q = geometry.output_size(height, width)
-        K, _, R, S = geometry.weight_shape
+        K = geometry.out_channels
         self.output_shape = (images, K, P, Q)
         self._x_shape, self._x_dtype = tuple(x_shape), x_dtype
         self._compute_dtype = values.dtype if values.dtype == torch.float64 else torch.float32
-        sizes = [images, geometry.in_channels, height, width, K, R, S, P, Q]
-        sizes += [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
-        values = values.detach().contiguous()
-        first, second = layout[0].contiguous(), layout[1].contiguous()
+        sizes, weights, _alive = describe(values, layout, geometry, x_shape)
         library = native.library()
-        weights = library.Weights(
-            values.data_ptr(), _NAMES[values.dtype], first.data_ptr(), second.data_ptr(), list(values.shape)
-        )
-        self.kernel: str = library.sparse_conv2d_choose(sizes, weights, _NAMES[x_dtype], kernel)
-        self._handle: Any = library.sparse_conv2d_prepare(sizes, weights, _NAMES[x_dtype], kernel)
+        self.kernel: str = library.sparse_conv2d_choose(sizes, weights, DTYPE_NAMES[x_dtype], kernel)
+        self._handle: Any = library.sparse_conv2d_prepare(sizes, weights, DTYPE_NAMES[x_dtype], kernel)
+
+    def refilled(self, values: Tensor) -> Self | None:
+        """The same with other values of the same layout; None where only preparing them helps."""
+        return refill(self, values)
 
     def run(
         self,
@@ -112,12 +139,12 @@ class Prepared:
             residual = residual.contiguous(memory_format=torch.channels_last)
         self._handle.run(
             x.data_ptr(),
-            _NAMES[x.dtype],
+            DTYPE_NAMES[x.dtype],
             x.stride(0),
             x.stride(2),
             x.stride(3),
             y.data_ptr(),
-            _NAMES[y.dtype],
+            DTYPE_NAMES[y.dtype],
             0 if bias is None else bias.data_ptr(),
             0 if residual is None else residual.data_ptr(),
             act,
