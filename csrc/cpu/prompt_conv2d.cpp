@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <numeric>
 
 #include "checks.h"
 #include "cpu/huge_pages.h"
@@ -87,6 +86,46 @@ OutputArea that_do_not_see_the_frame(const ConvShape& s, int64_t frame) {
 
 int64_t y_bytes(DType dtype) { return dtype == DType::kBF16 ? 2 : 4; }
 
+// The weight [K, 3, R, S] as blocks of `rows` filters by three colours: taps that a mask emptied are left out.
+struct TapBlocks {
+  std::vector<char> values;
+  std::vector<int32_t> indptr{0}, index;
+  int64_t rows;
+  DType dtype;
+
+  SparseWeights view() const {
+    const int64_t count = static_cast<int64_t>(index.size());
+    return {Format::kBlock, dtype, values.data(), indptr.data(), index.data(), count, rows, 3};
+  }
+};
+
+TapBlocks tap_blocks(const ConvShape& s, const void* weight, DType dtype, int64_t rows) {
+  TapBlocks blocks;
+  blocks.rows = rows;
+  blocks.dtype = dtype;
+  const int64_t bytes = y_bytes(dtype), taps = s.R * s.S;
+  const char* const from = static_cast<const char*>(weight);
+  std::vector<char> block(rows * 3 * bytes);
+  // A masked negative weight is a negative zero: only the sign, which is in an element's last byte, may be set.
+  const auto is_empty = [&block, bytes] {
+    for (size_t i = 0; i < block.size(); ++i)
+      if ((block[i] & ((i + 1) % bytes == 0 ? 0x7f : 0xff)) != 0) return false;
+    return true;
+  };
+  for (int64_t k = 0; k < s.K; k += rows) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      std::fill(block.begin(), block.end(), 0);
+      for (int64_t i = 0; i < std::min(rows, s.K - k) * 3; ++i)
+        std::copy_n(from + ((k * 3 + i) * taps + tap) * bytes, bytes, block.data() + i * bytes);
+      if (is_empty()) continue;
+      blocks.index.push_back(static_cast<int32_t>(tap));
+      blocks.values.insert(blocks.values.end(), block.begin(), block.end());
+    }
+    blocks.indptr.push_back(static_cast<int32_t>(blocks.index.size()));
+  }
+  return blocks;
+}
+
 // An area of the outputs of `images` images, from that image on, as a convolution of its own.
 void run_area(const PromptForward& f, const Kernel& kernel, const OutputArea& area, int64_t first, int64_t images) {
   ConvShape s = f.shape;
@@ -95,12 +134,8 @@ void run_area(const PromptForward& f, const Kernel& kernel, const OutputArea& ar
   s.Q = area.q1 - area.q0;
   s.pad_h -= area.p0 * s.stride_h;
   s.pad_w -= area.q0 * s.stride_w;
-  // A dense weight: every channel is kept.
-  std::vector<int32_t> channels(std::max<int64_t>(s.K, 3));
-  std::iota(channels.begin(), channels.end(), 0);
-  const int32_t* const kept = channels.data();
-  const SparseWeights weights{Format::kChannel, f.weight_dtype, f.weight, kept, kept, s.K, 1, 1, 3};
-  const BlockPlan plan = make_block_plan(s, weights, kernel.lanes, kernel.pairs);
+  const TapBlocks blocks = tap_blocks(s, f.weight, f.weight_dtype, 2 * kernel.lanes);
+  const BlockPlan plan = make_block_plan(s, blocks.view(), kernel.lanes, kernel.pairs);
   PromptedImages source = f.images;
   source.image = static_cast<const char*>(source.image) + first * source.stride_n * (source.is_uint8 ? 1 : 4);
   ConvCall call = f.call;

@@ -1,7 +1,7 @@
 // The first layer of a network behind a visual prompt: canvas, normalisation and convolution in one kernel.
 //
 // No prompted image is ever in memory: rows of the canvas are composed where the planes of sparse_conv2d_block.h are
-// laid out, from which the block family's loops compute the layer (channel weights that keep everything).
+// laid out, from which the block family's loops compute the layer, but for taps that a mask emptied.
 //
 // A framed canvas has the image inside and the same frame around it for the whole batch, so the layer is linear in the
 // frame: outputs that see only the frame are computed once, and what the frame receives is one image's input gradient

@@ -54,7 +54,11 @@ class PromptCheck {
       return array;
     };
     const int64_t h = released_ ? s_.H : s_.H - 2 * frame_, w = released_ ? s_.W : s_.W - 2 * frame_;
-    const GuardedArray weight = filled(type, s_.K * 3 * s_.R * s_.S), bias = filled(DType::kF32, s_.K);
+    const GuardedArray weight = filled(type, s_.K * 3 * s_.R * s_.S);
+    if (one_in(2))  // most taps masked: zeros of either sign
+      for (int64_t i = 0; i < weight.count(); ++i)
+        if (i % (s_.R * s_.S) % 4 != 1) weight.set(i, 0 * weight.get(i));
+    const GuardedArray bias = filled(DType::kF32, s_.K);
     const GuardedArray levels = filled(type, 3 * 256), frame = filled(type, s_.H * s_.W * 3);
     const GuardedArray grad = filled(type, s_.N * s_.P * s_.Q * s_.K);
     // The library takes these in float.

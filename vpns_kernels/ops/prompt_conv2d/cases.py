@@ -46,6 +46,8 @@ def build_args(
     weight = torch.randn(geometry.weight_shape, generator=generator).to(wide)
     if kind == "masked":
         weight = weight * (torch.rand(weight.shape, generator=generator) < 0.2)
+    elif kind == "few_taps":
+        weight = weight * (torch.rand(weight.shape[2:], generator=generator) < 0.2)
     return {
         "image": image,
         "prompt": None if kind == "no_prompt" else prompt,
@@ -68,10 +70,10 @@ _ROWS += [
     (layer, variant, torch.float32, torch.float32, kind)
     for layer in ("resnet", "mobile")
     for variant in ("framed", "released")
-    for kind in ("plain", "masked", "no_prompt", "bias")
+    for kind in ("plain", "masked", "few_taps", "no_prompt", "bias")
 ]
+_ROWS += [("resnet", "framed", torch.uint8, torch.bfloat16, kind) for kind in ("bias", "few_taps")]
 _ROWS += [("cifar", variant, torch.float64, torch.float64, "bias") for variant in ("framed", "released")]
-_ROWS += [("resnet", "framed", torch.uint8, torch.bfloat16, "bias")]
 
 CASES = [
     Case("-".join([layer, variant, str(pixels)[6:], str(dtype)[6:], kind]), partial(build_args, *row))
