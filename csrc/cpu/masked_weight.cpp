@@ -167,16 +167,10 @@ OwnedWeights pack_rows(const ConvShape& s, const MaskedWeight& w, DType rounds, 
 OwnedWeights pack_columns(const ConvShape& s, const MaskedWeight& w, const View& view, DType rounds, int threads) {
   const int64_t taps = s.R * s.S, own_taps = static_cast<int64_t>(view.taps.size());
   const int64_t filters = s.K / s.groups, channels = s.C / s.groups, row_units = channels * taps;
-  // By place in a row of the mask: where it lies in the weight, its channel, its own tap or -1.
-  struct Place {
-    int64_t offset;
-    int32_t channel, tap;
-  };
-  std::vector<int32_t> own_tap(taps, -1);
+  std::vector<int32_t> own_tap(taps, -1);  // by the filter's tap
   for (int64_t tap = 0; tap < own_taps; ++tap) own_tap[view.taps[tap]] = static_cast<int32_t>(tap);
-  std::vector<Place> places(row_units);
-  for (int64_t i = 0; i < row_units; ++i)
-    places[i] = {i / taps * w.stride_c + i % taps * w.stride_tap, static_cast<int32_t>(i / taps), own_tap[i % taps]};
+  std::vector<int32_t> channel_of(row_units);  // by place in a row of the mask
+  for (int64_t i = 0; i < row_units; ++i) channel_of[i] = static_cast<int32_t>(i / taps);
   const int64_t parts = std::clamp<int64_t>(threads, 1, filters);
   std::vector<int32_t> next(parts * s.C + 1, 0);  // by channel, then part
   const auto each_of_part = [&](int64_t part, const auto& found) {
@@ -185,13 +179,16 @@ OwnedWeights pack_columns(const ConvShape& s, const MaskedWeight& w, const View&
         const int64_t filter = g * filters + k;
         // Own taps rise where the filter's fall.
         each_kept<true>(w.mask + filter * row_units, 0, row_units, [&](int64_t i) {
-          if (places[i].tap >= 0) found((g * channels + places[i].channel) * parts + part, filter, k, places[i]);
+          const int64_t c = channel_of[i], tap = i - c * taps;
+          if (own_tap[tap] >= 0)
+            found((g * channels + c) * parts + part, k * own_taps + own_tap[tap],
+                  filter * w.stride_k + c * w.stride_c + tap * w.stride_tap);
         });
       }
   };
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t part = 0; part < parts; ++part)
-    each_of_part(part, [&](int64_t at, int64_t, int64_t, const Place&) { ++next[at + 1]; });
+    each_of_part(part, [&](int64_t at, int64_t, int64_t) { ++next[at + 1]; });
   std::partial_sum(next.begin(), next.end(), next.begin());
   OwnedWeights packed;
   for (int64_t c = 0; c <= s.C; ++c) packed.indptr.push_back(next[c * parts]);
@@ -199,10 +196,10 @@ OwnedWeights pack_columns(const ConvShape& s, const MaskedWeight& w, const View&
   float* const values = reinterpret_cast<float*>(packed.values.get());
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t part = 0; part < parts; ++part)
-    each_of_part(part, [&](int64_t at, int64_t filter, int64_t k, const Place& place) {
+    each_of_part(part, [&](int64_t at, int64_t index, int64_t place) {
       const int32_t to = next[at]++;
-      packed.index[to] = static_cast<int32_t>(k * own_taps + place.tap);
-      put(values + to, w.weight[filter * w.stride_k + place.offset], rounds);
+      packed.index[to] = static_cast<int32_t>(index);
+      put(values + to, w.weight[place], rounds);
     });
   return packed;
 }

@@ -23,7 +23,10 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 def why_not(
     x: Tensor, weight: Tensor, mask: Tensor, scores: Tensor, bias: Tensor | None, pattern: str, *rest: Any
 ) -> str | None:
-    """CPU tensors, a float32 weight, an input in float32 or a half; masks of single weights or of blocks."""
+    """CPU tensors, a float32 weight, an input in float32 or a half; masks of single weights or of blocks.
+
+    Without vectors torch's dense kernels are faster.
+    """
     if any(tensor.device.type != "cpu" for tensor in (x, weight, mask, scores)):
         return f"it takes CPU tensors, got {x.device} and {weight.device}"
     if x.dtype not in _NAMES or weight.dtype != torch.float32:
@@ -34,12 +37,7 @@ def why_not(
     groups = rest[-1]
     if isinstance(kind, Block) and groups > 1 and weight.shape[0] // groups % kind.bk:
         return f"it takes blocks within a group, got {kind.bk} of {weight.shape[0] // groups} filters"
-    return native.why_not()
-
-
-def why_no_weight_gradient(x: Tensor, *rest: Any) -> str | None:
-    """Sums of blocks need vectors."""
-    return None if native.has_isa("avx2") else "it needs avx2"
+    return native.why_not() or (None if native.has_isa("avx2") else "it needs avx2")
 
 
 def run(
