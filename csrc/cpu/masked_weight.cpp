@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "cpu/planes.h"
 #include "cpu/sparse_conv2d.h"
+#include "cpu/transposed_weights.h"
 
 namespace vpns {
 namespace {
@@ -113,26 +114,21 @@ OwnedWeights pack_blocks(const View& view, const MaskedWeight& w, DType rounds, 
   return packed;
 }
 
-// Calls found(i) with each i in [begin, end) whose byte is not zero, in rising order, or falling.
-template <bool kFalling, typename Found>
-inline void each_kept(const uint8_t* mask, int64_t begin, int64_t end, const Found& found) {
-  const int64_t words = (end - begin) / 8, tail = begin + 8 * words;
-  const auto in_tail = [&] {
-    for (int64_t i = 0; i < end - tail; ++i)
-      if (const int64_t at = kFalling ? end - 1 - i : tail + i; mask[at] != 0) found(at);
-  };
-  if (kFalling) in_tail();
-  for (int64_t word = 0; word < words; ++word) {
-    const int64_t at = begin + 8 * (kFalling ? words - 1 - word : word);
+// Calls found(i) with each i below `count` whose byte is not zero, in rising order.
+template <typename Found>
+inline void each_kept(const uint8_t* mask, int64_t count, const Found& found) {
+  int64_t at = 0;
+  for (; at + 8 <= count; at += 8) {
     uint64_t bytes;
     std::memcpy(&bytes, mask + at, sizeof bytes);
     while (bytes != 0) {
-      const int byte = (kFalling ? 63 - std::countl_zero(bytes) : std::countr_zero(bytes)) / 8;
+      const int byte = std::countr_zero(bytes) / 8;
       found(at + byte);
       bytes &= ~(uint64_t{0xff} << 8 * byte);
     }
   }
-  if (!kFalling) in_tail();
+  for (; at < count; ++at)
+    if (mask[at] != 0) found(at);
 }
 
 // Single weights, forward: a row of the mask, as it lies in memory, is a row of the index.
@@ -154,7 +150,7 @@ OwnedWeights pack_rows(const ConvShape& s, const MaskedWeight& w, DType rounds, 
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
   for (int64_t k = 0; k < s.K; ++k) {
     int64_t to = packed.indptr[k];
-    each_kept<false>(w.mask + k * row_units, 0, row_units, [&](int64_t i) {
+    each_kept(w.mask + k * row_units, row_units, [&](int64_t i) {
       packed.index[to] = static_cast<int32_t>(i);
       put(values + to++, w.weight[k * w.stride_k + offset[i]], rounds);
     });
@@ -162,52 +158,11 @@ OwnedWeights pack_rows(const ConvShape& s, const MaskedWeight& w, DType rounds, 
   return packed;
 }
 
-// Single weights, transposed: the mask is read once as it lies in memory, and each kept weight goes behind those of its
-// input channel that were read before. Parts of the filters are counted and filled by themselves, in order.
-OwnedWeights pack_columns(const ConvShape& s, const MaskedWeight& w, const View& view, DType rounds, int threads) {
-  const int64_t taps = s.R * s.S, own_taps = static_cast<int64_t>(view.taps.size());
-  const int64_t filters = s.K / s.groups, channels = s.C / s.groups, row_units = channels * taps;
-  std::vector<int32_t> own_tap(taps, -1);  // by the filter's tap
-  for (int64_t tap = 0; tap < own_taps; ++tap) own_tap[view.taps[tap]] = static_cast<int32_t>(tap);
-  std::vector<int32_t> channel_of(row_units);  // by place in a row of the mask
-  for (int64_t i = 0; i < row_units; ++i) channel_of[i] = static_cast<int32_t>(i / taps);
-  const int64_t parts = std::clamp<int64_t>(threads, 1, filters);
-  std::vector<int32_t> next(parts * s.C + 1, 0);  // by channel, then part
-  const auto each_of_part = [&](int64_t part, const auto& found) {
-    for (int64_t g = 0; g < s.groups; ++g)
-      for (int64_t k = filters * part / parts; k < filters * (part + 1) / parts; ++k) {
-        const int64_t filter = g * filters + k;
-        // Own taps rise where the filter's fall.
-        each_kept<true>(w.mask + filter * row_units, 0, row_units, [&](int64_t i) {
-          const int64_t c = channel_of[i], tap = i - c * taps;
-          if (own_tap[tap] >= 0)
-            found((g * channels + c) * parts + part, k * own_taps + own_tap[tap],
-                  filter * w.stride_k + c * w.stride_c + tap * w.stride_tap);
-        });
-      }
-  };
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t part = 0; part < parts; ++part)
-    each_of_part(part, [&](int64_t at, int64_t, int64_t) { ++next[at + 1]; });
-  std::partial_sum(next.begin(), next.end(), next.begin());
-  OwnedWeights packed;
-  for (int64_t c = 0; c <= s.C; ++c) packed.indptr.push_back(next[c * parts]);
-  allocate<float>(packed, next.back(), 1);
-  float* const values = reinterpret_cast<float*>(packed.values.get());
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t part = 0; part < parts; ++part)
-    each_of_part(part, [&](int64_t at, int64_t index, int64_t place) {
-      const int32_t to = next[at]++;
-      packed.index[to] = static_cast<int32_t>(index);
-      put(values + to, w.weight[place], rounds);
-    });
-  return packed;
-}
+bool is_single(const MaskedWeight& w) { return w.bk == 1 && w.bc == 1; }
 
-OwnedWeights pack_view(const ConvShape& s, const MaskedWeight& w, const View& view, bool transposed, DType dtype,
-                       int threads) {
-  const bool single = w.bk == 1 && w.bc == 1, halves = !single && dtype == DType::kBF16;
-  OwnedWeights packed = single   ? (transposed ? pack_columns(s, w, view, dtype, threads) : pack_rows(s, w, dtype, threads))
+OwnedWeights pack_view(const ConvShape& s, const MaskedWeight& w, const View& view, DType dtype, int threads) {
+  const bool single = is_single(w), halves = !single && dtype == DType::kBF16;
+  OwnedWeights packed = single   ? pack_rows(s, w, dtype, threads)
                         : halves ? pack_blocks<uint16_t>(view, w, dtype, threads)
                                  : pack_blocks<float>(view, w, dtype, threads);
   packed.view = {single ? Format::kUnstructured : Format::kBlock,
@@ -252,12 +207,7 @@ void check_masked_weight(const ConvShape& s, const MaskedWeight& w) {
 }
 
 OwnedWeights pack_masked(const ConvShape& s, const MaskedWeight& w, DType dtype, int threads) {
-  return pack_view(s, w, forward_view(s, w), false, dtype, threads);
-}
-
-OwnedWeights pack_masked_transposed(const ConvShape& s, const MaskedWeight& w, const AxisClass& h, const AxisClass& v,
-                                    DType dtype, int threads) {
-  return pack_view(s, w, transposed_view(s, w, h, v), true, dtype, threads);
+  return pack_view(s, w, forward_view(s, w), dtype, threads);
 }
 
 std::unique_ptr<PreparedConv> prepare_masked(const ConvShape& s, const MaskedWeight& w, DType x_dtype,
@@ -268,8 +218,15 @@ std::unique_ptr<PreparedConv> prepare_masked(const ConvShape& s, const MaskedWei
 
 std::unique_ptr<PreparedConv> prepare_masked_input_gradient(const ConvShape& s, const MaskedWeight& w,
                                                             DType grad_dtype, const std::string& kernel, int threads) {
+  // Of single weights the mask, far larger than what it keeps, is read once, whatever the stride.
+  const OwnedWeights forward = is_single(w) ? pack_masked(s, w, grad_dtype, threads) : OwnedWeights{};
   const auto transpose_class = [&](const AxisClass& h, const AxisClass& v) {
-    return pack_masked_transposed(s, w, h, v, grad_dtype, threads);
+    if (!is_single(w)) return pack_view(s, w, transposed_view(s, w, h, v), grad_dtype, threads);
+    OwnedWeights transposed;
+    transposed.layout = std::make_shared<const TransposedWeights>(s, forward.view, h.tap, v.tap);
+    transposed.layout->fill(forward.view, transposed, threads);
+    transposed.view.threads = threads;
+    return transposed;
   };
   return prepare_input_gradient(s, transpose_class, grad_dtype, kernel);
 }

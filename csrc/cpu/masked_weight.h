@@ -1,9 +1,9 @@
-// Kept weights of a dense weight whose mask changes at every step, packed in the portable order of any direction.
+// Kept weights of a dense weight whose mask changes at every step, packed in the portable order.
 //
-// The mask has one byte per unit: a weight, or a block of bk output channels × bc input channels of one tap. Forward,
-// rows are output channels; for the input gradient (a forward convolution of the output's gradient) rows are input
-// channels and taps are some of the filter's, in falling order. Both are read straight from the dense weight and the unit
-// mask; values are rounded to the type that the convolution's input has.
+// The mask has one byte per unit: a weight, or a block of bk output channels × bc input channels of one tap. Values are
+// rounded to the type that the convolution's input has. For the input gradient (a forward convolution of the output's
+// gradient, whose rows are input channels) blocks are read straight from the dense weight as well; single weights are
+// packed first and then sorted anew.
 #pragma once
 
 #include <cstdint>
@@ -41,8 +41,6 @@ void check_masked_weight(const ConvShape&, const MaskedWeight&);
 
 // `dtype` is that of the input: what values are rounded to.
 OwnedWeights pack_masked(const ConvShape&, const MaskedWeight&, DType dtype, int threads);
-OwnedWeights pack_masked_transposed(const ConvShape&, const MaskedWeight&, const AxisClass& h, const AxisClass& w,
-                                    DType dtype, int threads);
 
 std::unique_ptr<PreparedConv> prepare_masked(const ConvShape&, const MaskedWeight&, DType x_dtype,
                                              const std::string& kernel, int threads);

@@ -52,7 +52,7 @@ class PreparedUnstructured final : public PreparedConv {
 template <const UnstructuredVectors& kVectors, RunUnstructured kRun>
 std::unique_ptr<PreparedConv> prepare(const ConvShape& s, const SparseWeights& weights) {
   auto parts = std::make_shared<const std::vector<UnstructuredPart>>(make_unstructured_parts(s, weights, kVectors));
-  return std::make_unique<PreparedUnstructured>(std::move(parts), weights, kRun, 1);
+  return std::make_unique<PreparedUnstructured>(std::move(parts), weights, kRun, weights.threads);
 }
 
 std::string why_not(const ConvShape& s, const SparseWeights& weights, DType x_dtype) {

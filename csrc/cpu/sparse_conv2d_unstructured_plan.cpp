@@ -1,6 +1,7 @@
 // Prepares unstructured weights for the index-driven kernels: lanes, tiles, tap offsets, entries by block and chunk.
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "cpu/isa.h"
 #include "cpu/sparse_conv2d_unstructured.h"
@@ -116,39 +117,62 @@ std::vector<int64_t> make_blocks(const ConvShape& s, const SparseWeights& weight
 
 void add_entries(UnstructuredPlan& plan, const SparseWeights& weights, int64_t chunk) {
   const ConvShape& s = plan.shape;
-  const int64_t channels = s.C / s.groups, filters = s.K / s.groups, taps = s.R * s.S;
-  plan.offsets.reserve(weights.count);
-  plan.from.reserve(weights.count);
-  std::vector<std::pair<Run, int32_t>> found;  // and where its weights begin
-  for (int64_t g = 0; g < s.groups; ++g) {
-    // Where in each row the next chunk begins: indices ascend, channels outermost.
-    std::vector<int32_t> next(weights.indptr + g * filters, weights.indptr + (g + 1) * filters);
-    for (int64_t block = 0; block < plan.block_count(); ++block)
-      for (int64_t c = 0; c < plan.chunks; ++c) {
-        const int64_t end = std::min((c + 1) * chunk, channels) * taps;
-        found.clear();
-        for (int64_t k = plan.blocks[block]; k < plan.blocks[block + 1]; ++k) {
-          const int32_t begin = next[k], row_end = weights.indptr[g * filters + k + 1];
-          while (next[k] < row_end && weights.index[next[k]] < end) ++next[k];
-          // The first chunk starts every sum.
-          if (c == 0 || next[k] > begin)
-            found.push_back({{static_cast<int32_t>(k - plan.blocks[block]), next[k] - begin}, begin});
-        }
-        std::stable_sort(found.begin(), found.end(),
-                         [](const auto& a, const auto& b) { return a.first.count < b.first.count; });
-        plan.starts.push_back({static_cast<int64_t>(plan.runs.size()), static_cast<int64_t>(plan.offsets.size())});
-        for (const auto& [run, begin] : found) {
-          plan.runs.push_back(run);
-          for (int32_t i = begin; i < begin + run.count; ++i) {
-            const int64_t flat = weights.index[i], channel = flat / taps, r = flat % taps / s.S, col = flat % s.S;
-            const int64_t offset = channel * plan.channel_stride + plan.planes.tap(r, col) * plan.lanes.count;
-            plan.offsets.push_back(static_cast<int32_t>(offset));
-            plan.from.push_back(i);
-          }
-        }
-      }
+  const int64_t channels = s.C / s.groups, filters = s.K / s.groups, taps = s.R * s.S, chunks = plan.chunks;
+  // Where in each row the chunks begin: indices ascend, channels outermost.
+  std::vector<int32_t> bounds(s.K * (chunks + 1));
+#pragma omp parallel for num_threads(weights.threads) schedule(static)
+  for (int64_t k = 0; k < s.K; ++k) {
+    int32_t at = weights.indptr[k];
+    for (int64_t c = 0; c < chunks; ++c) {
+      bounds[k * (chunks + 1) + c] = at;
+      const int64_t end = std::min((c + 1) * chunk, channels) * taps;
+      while (at < weights.indptr[k + 1] && weights.index[at] < end) ++at;
+    }
+    bounds[k * (chunks + 1) + chunks] = at;
   }
-  plan.starts.push_back({static_cast<int64_t>(plan.runs.size()), static_cast<int64_t>(plan.offsets.size())});
+  // Calls found(run, its first packed weight) with those of a (group, block, chunk).
+  const auto each_run = [&](int64_t segment, const auto& found) {
+    const int64_t c = segment % chunks, block = segment / chunks % plan.block_count();
+    const int64_t row = segment / chunks / plan.block_count() * filters;
+    for (int64_t k = plan.blocks[block]; k < plan.blocks[block + 1]; ++k) {
+      const int32_t* const bound = &bounds[(row + k) * (chunks + 1) + c];
+      // The first chunk starts every sum.
+      if (c == 0 || bound[1] > bound[0])
+        found(Run{static_cast<int32_t>(k - plan.blocks[block]), bound[1] - bound[0]}, bound[0]);
+    }
+  };
+  const int64_t segments = s.groups * plan.block_count() * chunks;
+  plan.starts.assign(segments + 1, {0, 0});
+  for (int64_t i = 0; i < segments; ++i) {
+    plan.starts[i + 1] = plan.starts[i];
+    each_run(i, [&](const Run& run, int32_t) {
+      ++plan.starts[i + 1].run;
+      plan.starts[i + 1].entry += run.count;
+    });
+  }
+  plan.runs.resize(plan.starts.back().run);
+  plan.offsets.resize(plan.starts.back().entry);
+  plan.from.resize(plan.starts.back().entry);
+  std::vector<int32_t> offset_of(channels * taps);
+  for (int64_t flat = 0; flat < channels * taps; ++flat)
+    offset_of[flat] = static_cast<int32_t>(
+        flat / taps * plan.channel_stride + plan.planes.tap(flat % taps / s.S, flat % s.S) * plan.lanes.count);
+#pragma omp parallel for num_threads(weights.threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < segments; ++i) {
+    std::vector<std::pair<Run, int32_t>> found;  // and where its weights begin
+    each_run(i, [&](const Run& run, int32_t first) { found.push_back({run, first}); });
+    std::stable_sort(found.begin(), found.end(),
+                     [](const auto& a, const auto& b) { return a.first.count < b.first.count; });
+    Run* to_run = plan.runs.data() + plan.starts[i].run;
+    int64_t to = plan.starts[i].entry;
+    for (const auto& [run, first] : found) {
+      *to_run++ = run;
+      for (int32_t from = first; from < first + run.count; ++from, ++to) {
+        plan.offsets[to] = offset_of[weights.index[from]];
+        plan.from[to] = from;
+      }
+    }
+  }
 }
 
 UnstructuredPlan make_plan(const ConvShape& s, const SparseWeights& weights, const UnstructuredVectors& v, const Lanes& lanes) {
