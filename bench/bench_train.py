@@ -27,7 +27,7 @@ from bench.train_layers import Form, bench_passes  # noqa: E402
 from bench.train_loops import Arm, Cell, Sizes  # noqa: E402
 from bench.train_memory import bench_memory  # noqa: E402
 from bench.train_ops import bench_batch_norm, bench_prompt, bench_refresh  # noqa: E402
-from bench.train_runs import bench_runs  # noqa: E402
+from bench.train_runs import FORMS, REFERENCE, bench_runs  # noqa: E402
 from bench.train_steps import (  # noqa: E402
     bench_iterations,
     extra_arms,
@@ -51,6 +51,8 @@ LAYER_PATTERNS = ("unstructured", "block:32x32")
 STEP_FORMS = (("unstructured", "float32"), ("block:32x32", "float32"), ("block:32x32", "bfloat16"))
 # Channels and pixels of ResNet-18's residual sums at 224 px.
 NORMS = ((64, 56), (128, 28), (256, 14), (512, 7))
+# What the goals of an iteration of two updates are measured against.
+TWO_UPDATES = ("torch float32", "torch.compile bfloat16")
 QUICK_RUN = ("--search.epochs=6", "--tune.epochs=3", "--pretrain.epochs=1")
 Row = dict[str, Any]
 
@@ -168,12 +170,15 @@ def plan_steps(options: argparse.Namespace) -> list[Job]:
         blocks = headline_arms([GOAL_DENSITY], STEP_FORMS[2:])
         plain = headline_arms(options.densities, STEP_FORMS[:1])
         goal = [arm for arm in plain if arm.density == GOAL_DENSITY]
+        rivals = opponents(whos, DTYPES, GOAL_DENSITY)
+        pair = [arm for arm in rivals if arm.name in TWO_UPDATES]
+        halves = [arm for arm in rivals if arm.dtype == "bfloat16"]
         return [
-            _step_job(0, released[0], [*_rivals(["torch"]), *_compiled(whos), *goal, *blocks], options),
-            _step_job(0, tune, [*_rivals(["torch"]), *_compiled(whos), *plain, *blocks], options),
-            _step_job(0, search, [*_rivals(["torch"]), *_compiled(whos), *blocks], options),
+            _step_job(0, released[0], [*pair, *goal, *blocks], options),
+            _step_job(0, tune, [*rivals, *plain, *blocks], options),
+            _step_job(0, search, [*halves, *blocks], options),
         ]
-    rivals, ours = _rivals(whos), headline_arms([GOAL_DENSITY], STEP_FORMS)
+    rivals, ours = opponents(whos, DTYPES, GOAL_DENSITY), headline_arms([GOAL_DENSITY], STEP_FORMS)
     swept = headline_arms(options.densities, STEP_FORMS)
     extras = [*extra_arms(ours[0]), *extra_arms(ours[2])]
     # Scores of blocks start by rank within the layer: the method's start is the uniform one.
@@ -189,7 +194,7 @@ def plan_steps(options: argparse.Namespace) -> list[Job]:
             cells = (replace(cell, batch=size) for cell in (search, tune))
             jobs += [_step_job(3, cell, [*rivals, *ours], options) for cell in cells]
     if options.budget is not None:
-        arms = [*_rivals(["torch"]), *ours]
+        arms = [*opponents(["torch"], DTYPES, GOAL_DENSITY), *ours]
         jobs += [
             Job(
                 "memory",
@@ -202,15 +207,6 @@ def plan_steps(options: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def _rivals(whos: Sequence[str]) -> list[Arm]:
-    return opponents(whos, DTYPES, GOAL_DENSITY)
-
-
-def _compiled(whos: Sequence[str]) -> list[Arm]:
-    """Compiling takes longer than all else of a quick report: the goals' dtype alone."""
-    return opponents([who for who in whos if who == ENGINES["compile"]], DTYPES[1:], GOAL_DENSITY)
-
-
 def _step_job(rank: int, cell: Cell, arms: list[Arm], options: argparse.Namespace) -> Job:
     rounds = max(2, options.rounds // 2)
     return Job("steps", rank, cell.name, partial(bench_iterations, cell, arms, options.sizes, rounds))
@@ -218,8 +214,11 @@ def _step_job(rank: int, cell: Cell, arms: list[Arm], options: argparse.Namespac
 
 def plan_runs(options: argparse.Namespace) -> list[Job]:
     """Complete runs of the embedded task; a quick report trains a tenth of the epochs."""
-    settings, rounds = (QUICK_RUN, 1) if options.quick else ((), 3)
-    return [Job("runs", 1, "runs, letters to digits", partial(bench_runs, rounds, settings))]
+    if options.quick:
+        measure = partial(bench_runs, 1, QUICK_RUN, (FORMS[0], FORMS[1], REFERENCE))
+    else:
+        measure = partial(bench_runs, 3, ())
+    return [Job("runs", 1, "runs, letters to digits", measure)]
 
 
 PLANS = {"ops": plan_ops, "layers": plan_layers, "steps": plan_steps, "runs": plan_runs}
@@ -228,16 +227,18 @@ PLANS = {"ops": plan_ops, "layers": plan_layers, "steps": plan_steps, "runs": pl
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="where the report goes")
-    parser.add_argument("--quick", action="store_true", help="what the targets are about: under 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="what the goals read: under 3 minutes")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="of measuring; with peak memory too")
     parser.add_argument("--only", type=words, default=list(PARTS), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--opponents", type=words, default=list(ENGINES), help=f"some of {','.join(ENGINES)}")
+    engines = ",".join(ENGINES)
+    parser.add_argument("--opponents", type=words, help=f"some of {engines}; --quick leaves out compiling")
     parser.add_argument("--densities", type=numbers(float))
     parser.add_argument("--batches", type=numbers(int), default=list(BATCHES), help="of whole iterations")
     parser.add_argument("--batch", type=int, default=BATCH, help="of everything else")
     parser.add_argument("--rounds", type=int, help="how often each is timed; iterations half as often")
     options = parser.parse_args(arguments)
     options.densities = options.densities or list(GOAL_DENSITIES if options.quick else DENSITIES)
+    options.opponents = options.opponents or (["eager"] if options.quick else list(ENGINES))
     options.rounds = options.rounds or (5 if options.quick else 11)
     options.sizes = Sizes()
     for name, known in (("only", PARTS), ("opponents", tuple(ENGINES))):

@@ -30,7 +30,7 @@ FORMS = (
     ("reference", "unstructured", "float32"),
     ("reference", "unstructured", "bfloat16"),
 )
-TWO_AT_ONCE = FORMS[0]
+TWO_AT_ONCE, REFERENCE = FORMS[0], FORMS[3]
 Form = tuple[str, str, str]
 Row = dict[str, Any]
 
@@ -116,8 +116,13 @@ class _Runs:
             options += ["--prompt.variant=released", f"--model.weights={self.folder / 'base'}"]
             folder = self.folder / f"run-{self.count}"
             started.append((form, folder, self._start("tune", folder, threads, options)))
-        for form, folder, process in started:
-            _wait(process)
+        try:
+            for _, _, process in started:
+                _wait(process)
+        finally:
+            for _, _, process in started:
+                process.kill()  # one that ended takes no harm
+        for form, folder, _ in started:
             seconds = {}
             for stage in ("search", "tune"):
                 record = read_stage(folder / stage)

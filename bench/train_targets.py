@@ -39,6 +39,8 @@ _NAMES = {
 }
 # Of ResNet-18, masked whole.
 SCORES = 11_678_912
+# Of a float32 canvas of the whole batch: one in bfloat16 would be a half already.
+MOST_CANVAS = 0.5
 RUNS_PER_HOUR, AT_ONCE, SPARSEPROP, SELECT_MS = 3.0, 0.95, 2.5, 8.0
 # Epochs of search and of tuning in a run by default.
 _EPOCHS = {"search": 60, "tune": 30}
@@ -81,7 +83,9 @@ def _step_goal(rows: Sequence[Row], goal: _Step, density: float) -> Row:
     missing = [engine for engine in engines if engine not in ratios]
     if missing:
         reasons = {row["arm"]: row["why_not"] for row in rows if row["who"] != "ours" and row["why_not"]}
-        why = "; ".join(f"{engine}: {reasons.get(engine, 'not measured')}" for engine in missing)
+        why = "; ".join(
+            f"{engine}: {reasons.get(engine, 'not measured (--opponents)')}" for engine in missing
+        )
     else:
         why = None
     value = min(ratios.values(), default=None)
@@ -146,11 +150,11 @@ def _prompt_goal(name: str, row: Row | None, phase: str, wanted: float) -> Row:
 
 def _memory_goal(name: str, row: Row | None, phase: str) -> Row:
     if row is None:
-        return _most(name, None, 0.5, "the op was not measured at this size")
+        return _most(name, None, MOST_CANVAS, "the op was not measured at this size")
     extra = [found[phase] for found in row["extra_mb"].values() if found is not None]
     if not extra:
-        return _most(name, None, 0.5, "/proc/self/clear_refs cannot be written here")
-    return _most(name, max(extra) / row["canvas_mb"], 0.5)
+        return _most(name, None, MOST_CANVAS, "/proc/self/clear_refs cannot be written here")
+    return _most(name, max(extra) / row["canvas_mb"], MOST_CANVAS)
 
 
 def _selection_goal(rows: Sequence[Row]) -> Row:

@@ -15,7 +15,7 @@ from bench import bench_train, readme, train_layers, train_memory, train_runs
 from bench.train_layers import PASSES, Form, bench_passes
 from bench.train_loops import Arm, Cell, Sizes, build_loop, start_scores
 from bench.train_memory import measure_memory
-from bench.train_ops import bench_batch_norm, bench_prompt, bench_refresh
+from bench.train_ops import bench_batch_norm, bench_prompt, bench_refresh, extra_mb
 from bench.train_published import publish
 from bench.train_steps import bench_iterations
 from bench.train_table import table
@@ -28,6 +28,7 @@ from vpns_kernels.measure import Laps
 from vpns_kernels.measure.layers import Layer
 from vpns_kernels.measure.timing import measurement_lock
 from vpns_kernels.modules import MaskedConv2d
+from vpns_kernels.ops import prompt_conv2d
 from vpns_kernels.sparse_modules import SparseConv2d
 
 CONV = Layer("conv", ConvGeometry(16, 24, (3, 3), padding=(1, 1)), 6, 5, count=2)
@@ -224,6 +225,22 @@ def test_the_prompt_is_timed_by_pass_against_torch(variant: str) -> None:
     assert row["canvas_mb"] == pytest.approx(2 * 3 * 16 * 16 * 4 / 1e6)
 
 
+def test_a_canvas_in_memory_is_seen() -> None:
+    image = torch.zeros(16, 3, 224, 224, dtype=torch.uint8)
+    prompt, weight = torch.zeros(3, 224, 224), torch.randn(4, 3, 7, 7)
+    geometry = ConvGeometry(3, 4, (7, 7), (8, 8), (3, 3))
+
+    def make(count: int, backend: str) -> Tensor:
+        return prompt_conv2d(image[:count], prompt, weight, geometry, 16, "released", backend=backend)
+
+    canvas_mb = 16 * 3 * 224 * 224 * 4 / 1e6
+    dense = extra_mb(lambda count: make(count, "reference"), 16, prompt)
+    if dense is None:
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    assert dense["forward"] > canvas_mb
+    assert dense["prompt_gradient"] > canvas_mb
+
+
 def test_batch_norm_and_refresh_are_checked_and_timed() -> None:
     norm = bench_batch_norm(8, 4, 2, "bfloat16", rounds=2)
     assert set(norm["ratios"]["ours"]["torch"]) == {"forward", "backward", "total"}
@@ -261,7 +278,7 @@ def test_runs_are_compared_with_the_reference_and_two_at_once_with_a_sequence(
 
     monkeypatch.setattr(train_runs, "_Runs", Fake)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    forms = [train_runs.FORMS[0], train_runs.FORMS[3]]
+    forms = [train_runs.FORMS[0], train_runs.REFERENCE]
     ours, reference, both = train_runs.bench_runs(1, (), forms)
     assert started == [(0, 0), (1, 4), (1, 4), (1, 4), (1, 4), (2, 2)]
     assert list(ours["ratios"]) == [reference["form"]] == ["reference unstructured float32"]
@@ -276,7 +293,7 @@ def test_runs_go_through_the_command_line(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "vpns"))
     settings = ["--model.name=tiny_task:build", "--model.source_classes=12", "--prompt.canvas=16"]
     settings += ["--pretrain.epochs=0", "--search.epochs=1", "--tune.epochs=1", "--data.train_count=60"]
-    rows = train_runs.bench_runs(1, settings, [train_runs.FORMS[0], train_runs.FORMS[3]])
+    rows = train_runs.bench_runs(1, settings, [train_runs.FORMS[0], train_runs.REFERENCE])
     assert all(row["seconds"] > 0 for row in rows)
     with pytest.raises(RuntimeError, match=r"expected a run to finish, got exit code 2.*epochs"):
         train_runs.bench_runs(1, ["--search.epochs=-1"])
@@ -409,6 +426,15 @@ def test_the_quick_report_measures_what_the_goals_read() -> None:
     options = bench_train.parse_arguments(["--json", "a.json", "--quick"])
     names = [job.name for job in bench_train.plan_steps(options)]
     assert names == [f"{cell} batch 32" for cell in ("search released", "tune framed", "search framed")]
+    found = [job.measure.args[1] for job in bench_train.plan_steps(options)]  # type: ignore[attr-defined]
+    assert [[arm.name for arm in arms if arm.who != "ours"] for arms in found] == [
+        ["torch float32"],
+        ["torch float32", "torch bfloat16"],
+        ["torch bfloat16"],
+    ]
+    options = bench_train.parse_arguments(["--json", "a.json", "--quick", "--opponents", "eager,compile"])
+    measured = bench_train.plan_steps(options)[0].measure.args[1]  # type: ignore[attr-defined]
+    assert {arm.name for arm in measured if arm.who != "ours"} == set(bench_train.TWO_UPDATES)
     assert len(bench_train.plan_layers(options)) == 7
     assert len(bench_train.plan_layers(bench_train.parse_arguments(["--json", "a.json"]))) == 7 + 12 * 5
 
