@@ -3,6 +3,7 @@
     python -m bench.tune                      this machine's class, and those of its weaker instruction sets
     python -m bench.tune --classes avx2       one of them
     python -m bench.tune --seconds 50         stop after that long; called again it goes on
+    python -m bench.tune --gradients          the rows of weight gradients instead of those of the forward
     python -m bench.tune --fit                no timing: from the rows that are there
 
 The rows are kept (--rows), one JSON line each, so that an interrupted run goes on where it was; those of
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.fit import fit_kernels, worst
+from bench.tune_gradients import gradient_calls
 from vpns_kernels import native, sparse_conv2d
 from vpns_kernels.choose import this_machine
 from vpns_kernels.cost import LayerQuery
@@ -54,6 +56,8 @@ MOST_FP16_GFLOP = 0.3
 CELL_SECONDS, SLOW_MS = 0.4, 60.0
 # A cell during which other processes took more than this many cores is timed again, so often at most.
 MOST_FOREIGN, MOST_TURNS = 0.1, 4
+# In the name of a class's rows of weight gradients.
+GRADIENTS = ".gradients"
 # What torch must be told, so that its dense kernels are those of a weaker machine.
 ONEDNN = {"avx2": "AVX2", "avx512": "AVX512_CORE", "avx512_bf16": "AVX512_CORE_BF16"}
 
@@ -79,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of measuring, at most")
     parser.add_argument("--passes", type=int, default=2, help="over the design; least times count")
     parser.add_argument("--every", type=int, default=1, help="only each n-th cell: a quick look")
+    parser.add_argument("--gradients", action="store_true", help="time weight gradients instead")
     parser.add_argument("--fit", action="store_true", help="from the rows that are there")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -99,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             environment["ONEDNN_MAX_CPU_ISA"] = ONEDNN[isa]
         command = [sys.executable, "-m", "bench.tune", "--here", "--rows", str(options.rows.resolve())]
         command += ["--every", str(options.every), "--passes", str(options.passes)]
+        if options.gradients:
+            command.append("--gradients")
         if left != float("inf"):
             command += ["--seconds", str(left)]
         subprocess.run(command, env=environment, cwd=ROOT, check=True)
@@ -109,8 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure_class(options: argparse.Namespace) -> int:
     """Measure what is missing of the class that this process runs as."""
     isa = this_machine().isa
-    path = options.rows / f"{isa}.jsonl"
-    about_path = options.rows / f"{isa}.machine.json"
+    name = f"{isa}{GRADIENTS}" if options.gradients else isa
+    path = options.rows / f"{name}.jsonl"
+    about_path = options.rows / f"{name}.machine.json"
     here = fingerprint()
     if path.exists() and json.loads(about_path.read_text())["commit"] != here["commit"]:
         # Other code has other times.
@@ -129,7 +137,8 @@ def measure_class(options: argparse.Namespace) -> int:
                 break
             about = {"cell": cell.name, "turn": turn, "isa": isa}
             with path.open("a") as file:
-                file.writelines(json.dumps(row | about) + "\n" for row in measure_cell(cell))
+                measured = measure_gradients(cell) if options.gradients else measure_cell(cell)
+                file.writelines(json.dumps(row | about) + "\n" for row in measured)
     return 0
 
 
@@ -165,6 +174,17 @@ def measure_cell(cell: Cell) -> list[dict[str, Any]]:
         for number, density in enumerate(densities):
             for spec in ("unstructured", BLOCKS[number % len(BLOCKS)], "channel"):
                 timed += _sparse_calls(cell, given, spec, density)
+    times_ms = _time([call for _, call in timed])
+    threads = torch.get_num_threads()
+    return [row | {"ms": ms, "threads": threads} for (row, _), ms in zip(timed, times_ms, strict=True)]
+
+
+def measure_gradients(cell: Cell) -> list[dict[str, Any]]:
+    """A row for every weight gradient, dtype and density of a cell, all timed in turn."""
+    x, timed = make_input(cell.layer, cell.batch), []
+    for dtype in (torch.float32, torch.bfloat16):
+        for kernel, query, density, call in gradient_calls(cell.layer, x.to(dtype), cell.densities):
+            timed.append((_row(cell, kernel, query, density), call))
     times_ms = _time([call for _, call in timed])
     threads = torch.get_num_threads()
     return [row | {"ms": ms, "threads": threads} for (row, _), ms in zip(timed, times_ms, strict=True)]
@@ -280,12 +300,24 @@ def write_table(folder: Path, path: Path) -> None:
     """Fit every class that has rows; classes without keep what the table says of them."""
     table = json.loads(path.read_text()) if path.exists() else {"schema_version": 1, "classes": {}}
     for rows_path in sorted(folder.glob("*.jsonl")):
-        isa = rows_path.stem
+        name = rows_path.stem
+        isa = name.removesuffix(GRADIENTS)
         rows = [json.loads(line) for line in rows_path.read_text().splitlines()]
-        machine = json.loads((folder / f"{isa}.machine.json").read_text())
-        table["classes"][isa] = {"machine": machine, "kernels": fit_kernels(rows)}
-        print(f"\n{isa}: {len(rows)} rows of {len({row['cell'] for row in rows})} cells")
-        for kernel, row in table["classes"][isa]["kernels"].items():
+        machine = json.loads((folder / f"{name}.machine.json").read_text())
+        fits = fit_kernels(rows)
+        known = table["classes"].setdefault(isa, {"machine": machine, "kernels": {}})
+        # Those of weight gradients stand beside those of the forward.
+        kept = {
+            row: fit
+            for row, fit in known["kernels"].items()
+            if (row not in fits and name != isa) or (name == isa and "gradient" in row)
+        }
+        table["classes"][isa] = {
+            "machine": known["machine"] if name != isa else machine,
+            "kernels": kept | fits,
+        }
+        print(f"\n{name}: {len(rows)} rows of {len({row['cell'] for row in rows})} cells")
+        for kernel, row in fits.items():
             error = row["error"]
             print(f"  {kernel}: {row['rows']} rows, error {error['median']:.0%}, 90 % {error['p90']:.0%}")
         print("  worst", *worst(rows, table), sep="\n    ")

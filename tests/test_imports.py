@@ -22,6 +22,7 @@ KERNEL_ROOMS = [
     ("vpns_kernels.batch_norms", "vpns_kernels.convert", "vpns_kernels.explain", "vpns_kernels.fusing"),
     ("vpns_kernels.channels", "vpns_kernels.modules", "vpns_kernels.sparse_modules"),
     ("vpns_kernels.runners",),
+    ("vpns_kernels.choose_training",),
     ("vpns_kernels.choose",),
     ("vpns_kernels.cost",),
     ("vpns_kernels.graph_nodes", "vpns_kernels.folding", "vpns_kernels.tracing"),

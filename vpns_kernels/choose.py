@@ -149,17 +149,18 @@ def _candidates(query: LayerQuery, machine: Machine, table: Mapping[str, Any]) -
         refusals.append(("compact", ""))
     for kernel, refusal in refusals:
         expected = None if refusal else estimate(query, kernel, machine.isa, machine.threads, table)
-        reason = refusal or _explain(expected)
+        reason = refusal or explain_estimate(expected)
         found.append(Candidate(kernel, expected, reason))
     for dtype in dict.fromkeys((query.dtype, "float32", "bfloat16")):
         cast = LayerQuery(query.geometry, query.size, query.values_sizes, dtype, query.weight_dtype)
         expected = estimate(cast, f"dense {dtype}", machine.isa, machine.threads, table)
         note = "" if dtype == query.dtype else f"; not chosen for {query.dtype} inputs"
-        found.append(Candidate(f"dense {dtype}", expected, _explain(expected) + note))
+        found.append(Candidate(f"dense {dtype}", expected, explain_estimate(expected) + note))
     return tuple(found)
 
 
-def _explain(expected: Estimate | None) -> str:
+def explain_estimate(expected: Estimate | None) -> str:
+    """What bounds it, and how far it may be off."""
     assert expected is not None
     carried = "" if expected.measured else "; measured: false"
     return f"bound by {expected.bound_by}, ± {expected.error:.0%}{carried}"

@@ -42,6 +42,14 @@ TERMS = {
     "weights": "reading the weights",
     "call": "the cost of a call",
 }
+# Weight gradients (row names of the table that are no kernels of the forward), and what stands in for a row
+# that no class of machine has.
+_STAND_INS = {
+    "gradient unstructured": ("unstructured",),
+    "gradient block": ("block",),
+    "score block": ("gradient block", "block"),
+    "dense weight gradient": ("dense",),
+}
 # Vectors of the unstructured kernels hold this many images, or pixels of one.
 _LANES = 16
 # An allocation of more bytes than this is mapped anew each time (glibc's largest threshold), page by page.
@@ -165,7 +173,8 @@ def features(query: LayerQuery, kernel: str) -> dict[str, float]:
         out_channels, in_channels = query.values_sizes[:2]
     half_planes = kernel.endswith(("amx", "bf16", "fp16")) and x_bytes == 2
     plane_pixels = math.prod(_plane_extent(g, axis, size) for axis, size in enumerate((P, Q)))
-    computed = _computed_pixels(query, P, Q) if kernel.startswith("unstructured") else pixels
+    in_lanes = kernel.startswith(("unstructured", "gradient unstructured"))
+    computed = _computed_pixels(query, P, Q) if in_lanes else pixels
     found = {
         "multiply_adds": computed * stored,
         "loops": computed * out_channels * (C if query.format == "unstructured" else 1),
@@ -246,7 +255,8 @@ def _find_row(kernel: str, isa: str, table: Mapping[str, Any]) -> tuple[str, str
     classes = table["classes"]
     if isa in classes and kernel in classes[isa]["kernels"]:
         return isa, kernel, True
-    source = nearest_class(isa, list(classes))
+    having = [name for name in classes if kernel in classes[name]["kernels"]]
+    source = nearest_class(isa, having if kernel.startswith(tuple(_STAND_INS)) and having else list(classes))
     names = list(classes[source]["kernels"])
     if kernel in names:
         return source, kernel, False
@@ -259,15 +269,20 @@ def _find_row(kernel: str, isa: str, table: Mapping[str, Any]) -> tuple[str, str
 
 
 def _families(kernel: str) -> tuple[str, ...]:
+    for row, stand_ins in _STAND_INS.items():
+        if kernel.startswith(row):
+            dense = (f"dense {kernel.rpartition(' ')[2]}", "dense float32")
+            return (row, *(dense if stand_ins == ("dense",) else stand_ins))
     family = kernel.replace(" ", "_").partition("_")[0]
-    stand_in = {"channel": ("channel", "block"), "compact": ("compact", "dense float32")}
-    return stand_in.get(family, (family,))
+    families = {"channel": ("channel", "block"), "compact": ("compact", "dense float32")}
+    return families.get(family, (family,))
 
 
 def _isa_of(kernel: str, isa: str) -> str:
-    """The instruction set that multiplies: in a kernel's name, or what oneDNN has for the dtype."""
-    if kernel.startswith("dense") or kernel == "compact":
-        limit = {"dense bfloat16": CLASSES[-1], "dense float16": "avx512_fp16"}.get(kernel, "avx512")
+    """The instruction set that multiplies: in a kernel's name, or what there is for the dtype."""
+    if kernel.startswith(("dense", *_STAND_INS)) or kernel == "compact":
+        limits = {"bfloat16": CLASSES[-1], "float16": "avx512_fp16"}
+        limit = limits.get(kernel.rpartition(" ")[2], "avx512")
         usable = [name for name in _RATES[isa] if CLASSES.index(name) <= CLASSES.index(limit)]
         return max(usable, key=lambda name: _RATES[isa][name])
     return kernel.partition("_")[2] or "scalar"
