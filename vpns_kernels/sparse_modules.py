@@ -17,7 +17,7 @@ from vpns_kernels.folding import fold_batch_norm
 from vpns_kernels.formats import Packed, pack, unpack
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops import _cpu
-from vpns_kernels.ops._torch import ACTS, finish
+from vpns_kernels.ops._torch import ACTS, autocast_input, finish
 from vpns_kernels.ops.sparse_conv2d import compact, sparse_conv2d
 from vpns_kernels.ops.sparse_conv2d_fused import check_inputs, sparse_conv2d_fused
 from vpns_kernels.patterns import Pattern, Unstructured
@@ -96,6 +96,8 @@ class _Sparse(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        x = autocast_input(x)
+        residual = None if residual is None else autocast_input(residual)
         check_inputs(x, self.geometry, self.bias, residual, self.act, x.dtype)
         learned = (x, self.values, self.bias, residual)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in learned):

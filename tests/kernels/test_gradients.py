@@ -15,6 +15,7 @@ from torch import Tensor
 from vpns_kernels import ConvGeometry, Packed, native, pack, parse_pattern, sparse_conv2d, unpack
 from vpns_kernels.ops import _cpu
 from vpns_kernels.patterns import Channel
+from vpns_kernels.sparse_modules import SparseConv2d
 from vpns_kernels.testing import poisoned_memory
 
 PATTERNS = ("unstructured", "block:16x16", "block:32x32", "block:8x4", "channel")
@@ -300,3 +301,16 @@ def test_what_is_planned_goes_with_the_layout() -> None:
     del packed
     gc.collect()
     assert index() is None
+
+
+def test_a_layer_under_autocast_computes_in_bfloat16_and_its_values_learn_in_float32() -> None:
+    geometry = ConvGeometry(32, 32, (3, 3), padding=(1, 1))
+    packed, (x, grad) = make(geometry, "block:16x16", torch.float32), inputs(geometry, 2, torch.float32)
+    layer = SparseConv2d(packed, act="relu", backends=("cpu", "cpu", "reference"))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, grad)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.values.grad is not None
+    assert layer.values.grad.dtype == torch.float32
+    assert torch.equal(y, layer(x.bfloat16(), grad.bfloat16()))
