@@ -9,6 +9,7 @@ and masks would drift apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +19,16 @@ from torch import Tensor, nn
 from vpns.predictor import Predictor
 from vpns.prompt.stem import fuse_stem
 from vpns_kernels.batch_norms import fuse_batch_norms
-from vpns_kernels.modules import MaskedConv2d, MaskedLinear
+from vpns_kernels.choose import query_of, this_machine
+from vpns_kernels.choose_training import choose_training
+from vpns_kernels.cost import LayerQuery
+from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.modules import ChannelMask, MaskedConv2d, MaskedLinear
+from vpns_kernels.patterns import Block
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
 from vpns_kernels.tracing import trace
 
+_PASSES = ("forward", "input_gradient", "weight_gradient")
 _Trained = MaskedConv2d | MaskedLinear | SparseConv2d | SparseLinear
 
 
@@ -57,16 +64,25 @@ def fuse_predictor(predictor: Predictor) -> tuple[Predictor, dict[str, Any]]:
 
 
 def choose_backends(predictor: Predictor, images: Tensor) -> dict[str, Any]:
-    """For every masked and sparse layer, by name, the choice for each pass; a function of sizes alone.
+    """For every masked and sparse layer, by name, who computes each pass and why; nothing is timed.
 
     Args:
         images: of a batch's shape; what they show does not matter.
     """
-    return {name: {"backends": ["auto"] * 3} for name in _input_shapes(predictor, images)}
+    machine, found = this_machine(), {}
+    for name, (shape, dtype) in _input_shapes(predictor, images).items():
+        layer = predictor.network.get_submodule(name)
+        query, with_scores = _query(layer, shape, dtype), isinstance(layer, MaskedConv2d | MaskedLinear)
+        chosen = choose_training(query, machine, with_scores=with_scores)
+        reasons = {name: getattr(chosen, name).reason for name in _PASSES}
+        found[name] = {"backends": list(chosen.backends), "reasons": reasons}
+    return found
 
 
 def set_backends(network: nn.Module, backends: Mapping[str, Mapping[str, Any]] | str) -> None:
     """Tell every masked and sparse layer who computes its passes: as chosen by name, or one for all.
+
+    One for all is for channel masks too; of those nothing needs choosing otherwise.
 
     Raises:
         ValueError: a layer that nothing was chosen for.
@@ -75,13 +91,29 @@ def set_backends(network: nn.Module, backends: Mapping[str, Mapping[str, Any]] |
         if isinstance(backends, str):
             layer.backends = backends
         elif name in backends:
-            layer.backends = tuple(backends[name]["backends"])
+            forward, input_gradient, weight_gradient = backends[name]["backends"]
+            layer.backends = forward, input_gradient, weight_gradient
         else:
             raise ValueError(f"set_backends: expected a choice for {name!r}, got {sorted(backends)}")
+    for module in network.modules():
+        if isinstance(module, ChannelMask) and isinstance(backends, str):
+            module.backend = backends
 
 
 def _trained_layers(network: nn.Module) -> dict[str, _Trained]:
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, _Trained)}
+
+
+def _query(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> LayerQuery:
+    """Of a masked layer, as if what its mask keeps were packed."""
+    image = shape if len(shape) == 4 else (math.prod(shape[:-1]), shape[-1], 1, 1)
+    if isinstance(layer, SparseConv2d | SparseLinear):
+        return query_of(layer.geometry, image, layer.values, dtype)
+    assert isinstance(layer, MaskedConv2d | MaskedLinear)
+    block = (layer.pattern.bk, layer.pattern.bc) if isinstance(layer.pattern, Block) else ()
+    sizes = (int(layer.mask.sum()), *block)
+    names = str(dtype)[6:], str(layer.weight.dtype)[6:]
+    return LayerQuery(ConvGeometry.from_module(layer), (image[0], *image[2:]), sizes, *names)
 
 
 @torch.no_grad()

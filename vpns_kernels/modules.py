@@ -57,11 +57,11 @@ def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
 class _Masked:
     """What masked layers share: the pattern, the scores, the mask and the masked weight.
 
-    `backend` is that of the op, for a frozen weight: one name for all passes, or three (forward, gradient of
+    `backends` are those of the op, for a frozen weight: one name for all passes, or three (forward, gradient of
     the input, of the scores).
     """
 
-    backend: str | tuple[str, str, str] = "auto"
+    backends: str | tuple[str, str, str] = "auto"
     pattern: Pattern
     weight: Tensor
     scores: nn.Parameter
@@ -108,7 +108,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
             self.in_channels, self.out_channels, kernel_size, stride, padding, dilation, self.groups
         )
         mask, scores, bias = self.mask, self.scores, self.bias
-        y = masked_conv2d(x, self.weight, mask, scores, geometry, self.pattern, bias, self.backend)
+        y = masked_conv2d(x, self.weight, mask, scores, geometry, self.pattern, bias, self.backends)
         return _in_format_of(input, y)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Pair]:
@@ -126,7 +126,7 @@ class MaskedLinear(_Masked, nn.Linear):
         if self.weight.requires_grad:
             return F.linear(input, self.masked_weight(), self.bias)
         x, mask, scores = autocast_input(input), self.mask, self.scores
-        return masked_linear(x, self.weight, mask, scores, self.pattern, self.bias, self.backend)
+        return masked_linear(x, self.weight, mask, scores, self.pattern, self.bias, self.backends)
 
 
 class ChannelMask(nn.Module):

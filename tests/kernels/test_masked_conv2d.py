@@ -56,7 +56,7 @@ def test_the_reference_has_the_bits_of_the_masked_layer_that_torch_differentiate
 ) -> None:
     torch.manual_seed(3)
     layer = MaskedConv2d.from_dense(nn.Conv2d(40, 24, 3, 2, 1, dtype=dtype), parse_pattern(spec))
-    layer.backend = "reference"
+    layer.backends = "reference"
     with torch.no_grad():
         layer.scores.normal_()
         layer.mask.copy_(torch.rand(layer.mask.shape) < 0.3)

@@ -136,7 +136,11 @@ def test_every_layer_is_told_its_backends_and_the_network_is_left_alone(
     before = copy.deepcopy(predictor.state_dict())
     chosen = choose_backends(predictor, torch.zeros(5, 3, 12, 12))
     assert list(chosen) == ["conv1", "conv2", "fc"]
-    assert all(len(row["backends"]) == 3 for row in chosen.values())
+    for row in chosen.values():
+        assert set(row["backends"]) <= {"cpu", "compact", "reference"}
+        assert all(" ms" in reason or "need" in reason for reason in row["reasons"].values())
+    again = choose_backends(predictor, torch.ones(5, 3, 12, 12))
+    assert again == chosen
     assert predictor.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in predictor.state_dict().items())
     set_backends(predictor.network, chosen)
