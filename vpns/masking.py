@@ -56,9 +56,13 @@ def refresh(
     """Make the masks follow the scores."""
     modules = mask_modules(network).values()
     scores = [module.scores for module in modules]
-    if any(bool(tensor.isnan().any()) for tensor in scores):
-        raise FloatingPointError("expected finite scores, got NaN (a lower learning rate may help)")
-    chosen = refresh_mask(scores, pattern, density, rule)
+    try:
+        chosen = refresh_mask(scores, pattern, density, rule)
+    except ValueError as error:
+        if any(bool(tensor.isnan().any()) for tensor in scores):
+            message = "expected finite scores, got NaN (a lower learning rate may help)"
+            raise FloatingPointError(message) from error
+        raise
     for module, mask in zip(modules, chosen.masks, strict=True):
         module.mask.copy_(mask)
     return chosen

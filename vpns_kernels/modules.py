@@ -57,8 +57,8 @@ def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
 class _Masked:
     """What masked layers share: the pattern, the scores, the mask and the masked weight.
 
-    `backends` are those of the op, for a frozen weight: one name for all passes, or three (forward, gradient of
-    the input, of the scores).
+    `backends` are those of the op, for a frozen weight: one name for all passes, or three (forward, gradient
+    of the input, of the scores).
     """
 
     backends: str | tuple[str, str, str] = "auto"

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vpns_kernels import native
 from vpns_kernels.ops.select_threshold import select_threshold
 from vpns_kernels.patterns import NM, Pattern
 
@@ -60,32 +61,48 @@ def refresh_mask(
     if rule == "published":
         return _refresh_published(scores, density, backend)
     threshold, ties_kept, kept = select_threshold(scores, density, backend=backend)
-    return Refresh(_take(scores, threshold, int(ties_kept)), float(threshold), int(ties_kept), kept)
-
-
-def _take(scores: Sequence[Tensor], threshold: Tensor, ties_kept: int) -> list[Tensor]:
-    """|score| > threshold, and the first `ties_kept` of those equal to it in flat order."""
-    masks = []
-    for tensor in scores:
-        magnitude = tensor.detach().abs()
-        mask = magnitude > threshold
-        ties = magnitude == threshold
-        count = int(ties.sum())
-        if count <= ties_kept:
-            mask |= ties
-        else:
-            mask |= ties & (ties.flatten().cumsum(0).view_as(ties) <= ties_kept)
-        ties_kept -= min(count, ties_kept)
-        masks.append(mask)
-    return masks
+    masks, _ = _take(scores, threshold, int(ties_kept))
+    return Refresh(masks, float(threshold), int(ties_kept), kept)
 
 
 def _refresh_published(scores: Sequence[Tensor], density: float, backend: str) -> Refresh:
     total = sum(tensor.numel() for tensor in scores)
     pruned = int((1 - density) * total)
     threshold, ties_kept, _ = select_threshold(scores, kept=total - pruned, backend=backend)
-    ties = sum(int((tensor.detach().abs() == threshold).sum()) for tensor in scores)
+    masks, ties = _take(scores, threshold, int(ties_kept))
     # Ties that straddle the cut all go; otherwise the kept ones of that magnitude stay.
     stays = ties == int(ties_kept)
-    masks = [(t.detach().abs() >= threshold) if stays else (t.detach().abs() > threshold) for t in scores]
-    return Refresh(masks, float(threshold), ties if stays else 0, sum(int(mask.sum()) for mask in masks))
+    if not stays:
+        masks, _ = _take(scores, threshold, 0)
+    kept = total - pruned - (0 if stays else int(ties_kept))
+    return Refresh(masks, float(threshold), ties if stays else 0, kept)
+
+
+def _take(scores: Sequence[Tensor], threshold: Tensor, ties_kept: int) -> tuple[list[Tensor], int]:
+    """Masks of |score| > threshold and the first `ties_kept` that equal it, and how many do."""
+    is_plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in scores)
+    if is_plain and native.why_not() is None:
+        masks = [torch.empty(tensor.shape, dtype=torch.bool) for tensor in scores]
+        _, ties = native.library().take_kept(
+            [tensor.data_ptr() for tensor in scores],
+            [tensor.numel() for tensor in scores],
+            [mask.data_ptr() for mask in masks],
+            float(threshold),
+            ties_kept,
+            torch.get_num_threads(),
+        )
+        return masks, int(ties)
+    masks, ties = [], 0
+    for tensor in scores:
+        magnitude = tensor.detach().abs()
+        mask = magnitude > threshold
+        equal = magnitude == threshold
+        count = int(equal.sum())
+        if count <= ties_kept:
+            mask |= equal
+        else:
+            mask |= equal & (equal.flatten().cumsum(0).view_as(equal) <= ties_kept)
+        ties_kept -= min(count, ties_kept)
+        ties += count
+        masks.append(mask)
+    return masks, ties

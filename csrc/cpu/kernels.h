@@ -23,6 +23,15 @@ struct Threshold {
 Threshold select_threshold(const std::vector<const float*>& data, const std::vector<int64_t>& counts, int64_t kept,
                            int threads);
 
+struct Kept {
+  int64_t kept;  // entries of the masks
+  int64_t ties;  // scores whose magnitude is the threshold, kept or not
+};
+
+// masks[i][j] = 1 where |data[i][j]| > threshold, and for the first `ties_kept` that equal it; else 0.
+Kept take_kept(const std::vector<const float*>& data, const std::vector<int64_t>& counts,
+               const std::vector<uint8_t*>& masks, float threshold, int64_t ties_kept, int threads);
+
 // A layer's weights in the order its kernel reads them; immutable, so any number of threads may run it at once.
 class PreparedConv {
  public:

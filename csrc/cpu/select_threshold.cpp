@@ -2,7 +2,8 @@
 //
 // The magnitude of a float orders like its bits without the sign. One pass over the scores counts how many fall into each
 // of 2^12 ranges of those bits; the range that holds the k-th is gathered in a second pass and selected exactly. Both
-// passes are parallel; counts are integers, so the result does not depend on the number of threads.
+// passes are parallel; counts are integers, so the result does not depend on the number of threads. A third pass writes
+// the masks that follow.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -103,6 +104,43 @@ Threshold select_threshold(const std::vector<const float*>& data, const std::vec
   const uint32_t chosen = candidates[rank];
   const int64_t larger = std::count_if(candidates.begin(), candidates.end(), [chosen](uint32_t b) { return b > chosen; });
   return {std::bit_cast<float>(chosen), kept - above - larger};
+}
+
+Kept take_kept(const std::vector<const float*>& data, const std::vector<int64_t>& counts,
+               const std::vector<uint8_t*>& masks, float threshold, int64_t ties_kept, int threads) {
+  const std::vector<Piece> pieces = split(data, counts);
+  std::vector<uint8_t*> targets;
+  for (size_t i = 0; i < data.size(); ++i)
+    for (int64_t begin = 0; begin < counts[i]; begin += kPiece) targets.push_back(masks[i] + begin);
+  const int64_t piece_count = static_cast<int64_t>(pieces.size());
+  const int32_t limit = std::bit_cast<int32_t>(threshold);
+  std::vector<int64_t> ties(pieces.size());
+  int64_t kept = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : kept)
+  for (int64_t p = 0; p < piece_count; ++p) {
+    int32_t larger = 0, equal = 0;
+    for (int64_t i = 0; i < pieces[p].count; ++i) {
+      // Of magnitudes, signed and unsigned bits order alike; signed ones compare faster.
+      const int32_t bits = static_cast<int32_t>(magnitude_bits(pieces[p].data[i]));
+      targets[p][i] = bits > limit;
+      larger += bits > limit;
+      equal += bits == limit;
+    }
+    kept += larger;
+    ties[p] = equal;
+  }
+  Kept found{kept, 0};
+  for (int64_t p = 0; p < piece_count; ++p) {
+    found.ties += ties[p];
+    for (int64_t i = 0; ties[p] > 0 && ties_kept > 0; ++i)
+      if (static_cast<int32_t>(magnitude_bits(pieces[p].data[i])) == limit) {
+        targets[p][i] = 1;
+        --ties[p];
+        --ties_kept;
+        ++found.kept;
+      }
+  }
+  return found;
 }
 
 }  // namespace vpns
