@@ -382,7 +382,7 @@ def test_command_of_the_text_parses_to_the_run(
     text = Path("a run/report/report.md").read_text()
     (command,) = re.findall(r"```\n(.*)\n```", text)
     assert command == "vpns run 'a run-again' --config 'a run/report/config.yaml'"
-    _, _, config, _ = parse(["run", "a run-again", "--config", "a run/report/config.yaml"])
+    config = parse(["run", "a run-again", "--config", "a run/report/config.yaml"]).config
     assert config == replace(RunConfig(pattern="block:2x2"), threads=2)
 
 
@@ -561,3 +561,14 @@ def test_report_holds_strict_json(report: Path) -> None:
         raise AssertionError(constant)
 
     json.loads((report / "report.json").read_text(), parse_constant=refuse)
+
+
+def test_the_report_tells_who_computed_which_passes(tmp_path: Path, images: ImageSet) -> None:
+    folder = make_run(tmp_path)
+    layers = {"conv1": {"backends": ["cpu"] * 3}, "fc": {"backends": ["cpu", "cpu", "reference"]}}
+    write_json(folder / "search" / "choice.json", {"schema_version": 1, "layers": layers})
+    write_report(folder, images)
+    text = (folder / "report" / "report.md").read_text()
+    assert "of 2 masked layers the sparse kernels computed the forward in 2, input gradient in 2" in text
+    assert "weight gradient in 1" in text
+    assert "Stage tune ran on torch's dense layers." in text

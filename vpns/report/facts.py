@@ -34,6 +34,7 @@ class Facts:
         pairs: the networks of eval against each other, image by image.
         example: one validation image, uint8 [1, 3, H, W].
         val_images: how many images chose the checkpoints.
+        choices: of search and tune, who computed each layer's passes; empty where torch did.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class Facts:
     pairs: list[Pair]
     example: Tensor
     val_images: int
+    choices: dict[str, dict[str, Any]]
 
     def result(self, stage: str) -> dict[str, Any]:
         """The plain values that a stage recorded."""
@@ -115,6 +117,7 @@ def read_facts(folder: Path, images: ImageSet | None = None) -> Facts:
         pairs=_compare_all(read_tensors(folder / "eval" / "outputs.safetensors")),
         example=images.val.images[:1].cpu(),
         val_images=len(images.val),
+        choices={stage: _read_choice(folder / stage / "choice.json") for stage in ("search", "tune")},
     )
 
 
@@ -126,6 +129,11 @@ def _read_record(folder: Path, stage: str) -> StageRecord:
             f"(run: vpns {stage} {folder})"
         )
     return record
+
+
+def _read_choice(path: Path) -> dict[str, Any]:
+    layers: dict[str, Any] = read_json(path)["layers"] if path.is_file() else {}
+    return layers
 
 
 def _read_bench(path: Path) -> dict[str, Any]:

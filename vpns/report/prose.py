@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vpns.report.facts import Facts
 from vpns.report.finding import Finding
@@ -159,7 +160,21 @@ def _show_training(facts: Facts) -> str:
     keys = ("updates", "images_seen", "seconds", "val_accuracy", "best_epoch")
     rows = [(row["stage"], *(_show_count(row[key]) for key in keys)) for row in tabulate_training(facts)]
     header = ("stage", "updates", "images seen", "seconds", "best validation accuracy, %", "in epoch")
-    return to_markdown(header, rows) + "\n\nRows: [training.csv](training.csv), [curves.csv](curves.csv)."
+    table = to_markdown(header, rows) + "\n\nRows: [training.csv](training.csv), [curves.csv](curves.csv)."
+    return "\n\n".join((table, *(_tell_who(stage, facts.choices[stage]) for stage in facts.choices)))
+
+
+def _tell_who(stage: str, layers: Mapping[str, Any]) -> str:
+    """How many layers of a stage each backend computed, by pass."""
+    if not layers:
+        return f"Stage {stage} ran on torch's dense layers."
+    passes = ("forward", "input gradient", "weight gradient")
+    counts = [sum(row["backends"][i] != "reference" for row in layers.values()) for i in range(len(passes))]
+    told = ", ".join(f"{name} in {count}" for name, count in zip(passes, counts, strict=True))
+    return (
+        f"Stage {stage}: of {len(layers)} masked layers the sparse kernels computed the {told}; torch's "
+        f"dense ones the rest, expected to be faster there ([choice.json](../{stage}/choice.json))."
+    )
 
 
 def _tell_how(facts: Facts) -> str:
