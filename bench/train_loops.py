@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from bench.train_published import publish
 from vpns.batches import Batch, iterate_epoch
-from vpns.config import DataConfig, ModelConfig, PromptConfig, RunConfig, SearchConfig, TuneConfig
-from vpns.data import ImageSet, Split, register
+from vpns.config import ModelConfig, PromptConfig, RunConfig, SearchConfig, TuneConfig
+from vpns.data import ImageSet, Split
 from vpns.label_map import LabelMap, identity_map
 from vpns.masking import attach_masks, describe_masks, refresh, unit_scores
 from vpns.methods import Start, find_method
@@ -31,7 +31,6 @@ from vpns_kernels.convert import freeze, sparsify, weight_masks
 from vpns_kernels.measure.timing import Laps
 from vpns_kernels.patterns import Pattern, parse_pattern
 
-DATA = "bench_noise"
 CLASSES = 10
 
 
@@ -89,6 +88,7 @@ def build_loop(arm: Arm, cell: Cell, sizes: Sizes, folder: Path) -> Loop:
     """Iterations of an arm, ready to run; its settings and choices are kept in the folder."""
     config = make_config(arm, cell, sizes)
     context = Context(folder / arm.name.replace("/", "-"), config)
+    context.images = _make_noise(2 * cell.batch, config.seed, sizes.canvas)
     context.stage_folder(cell.stage).mkdir(parents=True, exist_ok=True)
     network = build_model(config.model, config.model.source_classes, config.seed)
     return (_build_ours if arm.who == "ours" else _build_published)(arm, cell, sizes, context, network)
@@ -98,7 +98,6 @@ def make_config(arm: Arm, cell: Cell, sizes: Sizes) -> RunConfig:
     """As a run of the published hyper-parameters has it, on noise."""
     settings = {"epochs": 1, "batch_size": cell.batch, "schedule": "constant"}
     return RunConfig(
-        data=DataConfig(DATA, train_count=2 * cell.batch),
         model=ModelConfig(sizes.model, source_classes=sizes.source_classes),
         prompt=PromptConfig(
             variant=cell.variant, canvas=sizes.canvas, frame=sizes.frame, prompt_in=arm.prompt_in
@@ -111,10 +110,8 @@ def make_config(arm: Arm, cell: Cell, sizes: Sizes) -> RunConfig:
     )
 
 
-@register(DATA)
-def load_noise(config: DataConfig, seed: int, canvas: int) -> ImageSet:
+def _make_noise(count: int, seed: int, canvas: int) -> ImageSet:
     """What images show does not matter for their cost."""
-    count = config.train_count or 1
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (count, 3, canvas, canvas), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.arange(count) % CLASSES)
