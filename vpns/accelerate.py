@@ -71,6 +71,10 @@ def choose_backends(predictor: Predictor, images: Tensor) -> dict[str, Any]:
     """
     machine, found = this_machine(), {}
     for name, (shape, dtype) in _input_shapes(predictor, images).items():
+        if images.device.type != "cpu":
+            reason = f"what is known of the kernels' costs is of CPUs, not of {images.device}"
+            found[name] = {"backends": ["reference"] * 3, "reasons": dict.fromkeys(_PASSES, reason)}
+            continue
         layer = predictor.network.get_submodule(name)
         query, with_scores = _query(layer, shape, dtype), isinstance(layer, MaskedConv2d | MaskedLinear)
         chosen = choose_training(query, machine, with_scores=with_scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -10,14 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import vpns.accelerate
 from vpns.accelerate import FusedPredictor, choose_backends, fuse_predictor, set_backends
 from vpns.config import PromptConfig
+from vpns.files import read_json
 from vpns.masking import attach_masks, refresh
 from vpns.methods import METHODS, Start
 from vpns.predictor import Predictor
 from vpns.prompt import build_prompt
 from vpns.prompt.base import MEAN, STD
 from vpns.prompt.stem import PromptedStem
+from vpns.run import execute
 from vpns_kernels.convert import freeze, mask_modules, sparsify, weight_masks
 from vpns_kernels.patterns import parse_pattern
 
@@ -149,6 +153,27 @@ def test_every_layer_is_told_its_backends_and_the_network_is_left_alone(
     assert predictor.network.get_submodule("conv2").backends == "reference"
     with pytest.raises(ValueError, match="expected a choice for 'fc', got"):
         set_backends(predictor.network, {"conv1": chosen["conv1"], "conv2": chosen["conv2"]})
+
+
+def test_on_another_device_torch_computes_and_the_reason_is_given(
+    tiny_task: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = make_predictor(tiny_task, "framed", "block:4x4", "search").float()
+    # The shapes are those of the CPU: torch's autocast, which layers ask, knows no meta device.
+    shapes = vpns.accelerate._input_shapes(predictor, torch.zeros(5, 3, 12, 12))
+    monkeypatch.setattr(vpns.accelerate, "_input_shapes", lambda *_: shapes)
+    chosen = choose_backends(predictor, torch.zeros(5, 3, 12, 12, device="meta"))
+    assert list(chosen) == ["conv1", "conv2", "fc"]
+    assert all(row["backends"] == ["reference"] * 3 for row in chosen.values())
+    assert "not of meta" in chosen["fc"]["reasons"]["forward"]
+
+
+def test_a_run_leaves_what_was_fused_and_chosen_in_its_folder(tiny_task: ModuleType, tmp_path: Path) -> None:
+    execute(tmp_path, tiny_task.make_config(), "tune")
+    for stage in STAGES:
+        choice = read_json(tmp_path / stage / "choice.json")
+        assert choice["fused"] == {"prompted_stem": "fused", "batch_norms": ["bn1", "bn2"]}
+        assert list(choice["layers"]) == ["conv1", "conv2", "fc"]
 
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32(tiny_task: ModuleType) -> None:

@@ -66,14 +66,15 @@ def make_predictor(
     if backend == "reference":
         set_backends(network, "reference")
         return predictor
+    fused, done = fuse_predictor(predictor)
     path = context.stage_folder(stage) / "choice.json"
     if not path.exists():
         settings = config.search if stage == "search" else config.tune
         count = -(-min(settings.batch_size, len(context.images.train)) // settings.accumulate)
         images = torch.zeros(count, 3, prompt.image_size, prompt.image_size, device=context.device)
-        write_json(path, {"schema_version": SCHEMA_VERSION, "layers": choose_backends(predictor, images)})
+        layers = choose_backends(predictor, images)
+        write_json(path, {"schema_version": SCHEMA_VERSION, "fused": done, "layers": layers})
     set_backends(network, read_json(path)["layers"])
-    fused, _ = fuse_predictor(predictor)
     return fused
 
 
