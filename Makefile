@@ -5,7 +5,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 VENV_FLAGS := $(if $(TORCH),,--system-site-packages)
-CONSTRAINTS := $(if $(TORCH),-c constraints.txt,)
+# A torch that is there is not exchanged for the one that a newer package would like.
+CONSTRAINTS := -c $(if $(TORCH),constraints.txt,$(VENV)/own-torch.txt)
 
 .PHONY: demo test test-all lint build clean
 
@@ -28,6 +29,7 @@ build: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(if $(TORCH),,$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/own-torch.txt)
 	$(BIN)/pip install -q --disable-pip-version-check $(CONSTRAINTS) $(TORCH) numpy pybind11 cmake ninja setuptools wheel
 	$(BIN)/pip install -q --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
 	@touch $@

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Rooms from the top of the house to the bottom: a room imports its own and those below.
 KERNEL_ROOMS = [
     ("vpns_kernels.engine", "vpns_kernels.measure", "vpns_kernels.testing"),
+    ("vpns_kernels.shrink",),
+    ("vpns_kernels.channel_flow",),
     ("vpns_kernels.batch_norms", "vpns_kernels.convert", "vpns_kernels.explain", "vpns_kernels.fusing"),
     ("vpns_kernels.channels", "vpns_kernels.modules", "vpns_kernels.sparse_modules"),
     ("vpns_kernels.runners",),
@@ -30,7 +32,7 @@ KERNEL_ROOMS = [
     ("vpns_kernels.ops",),
     ("vpns_kernels.schemas", "vpns_kernels.formats", "vpns_kernels.native"),
     ("vpns_kernels.patterns",),
-    ("vpns_kernels.geometry", "vpns_kernels.memory"),
+    ("vpns_kernels.geometry", "vpns_kernels.memory", "vpns_kernels.torchvision_import"),
 ]
 TRAINER_ROOMS = [
     ("vpns.cli", "vpns.__main__"),

@@ -25,6 +25,7 @@ _POINTWISE: tuple[type[nn.Module], ...] = (
 _POOLS: tuple[type[nn.Module], ...] = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _POINTWISE_CALLS = {F.relu, F.relu6, torch.relu, F.silu, F.gelu, F.hardswish}
 _POOL_CALLS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, F.relu_, torch.relu_}
 _ADDS = {operator.add, operator.iadd, torch.add}
 
 
@@ -80,6 +81,36 @@ def is_mixing(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether each output of the node reads every channel of its input."""
     module = modules[str(node.target)] if node.op == "call_module" else None
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+def is_cat(node: fx.Node) -> bool:
+    """Whether the node lines up the channels of several activations."""
+    if node.op != "call_function" or node.target not in (torch.cat, torch.concat, torch.concatenate):
+        return False
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return axis in (1, -3) and isinstance(node.args[0], list | tuple)
+
+
+def reads_batch(node: fx.Node) -> bool:
+    """Whether the node is x.size(0)."""
+    return node.op == "call_method" and node.target == "size" and node.args[1:] == (0,)
+
+
+def is_flattening_view(node: fx.Node) -> bool:
+    """Whether the node is x.view(x.size(0), -1)."""
+    if node.op != "call_method" or node.target not in ("view", "reshape") or len(node.args) != 3:
+        return False
+    first = node.args[1]
+    return bool(isinstance(first, fx.Node) and reads_batch(first) and node.args[2] == -1)
+
+
+def is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the node writes over its first input."""
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return bool(node.target in _IN_PLACE or node.kwargs.get("inplace", False))
 
 
 def _argument(node: fx.Node, name: str) -> Any:

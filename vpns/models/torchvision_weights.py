@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from types import ModuleType
 
 from torch import Tensor
-from torch.library import Library
+
+from vpns_kernels.torchvision_import import import_torchvision_models
 
 
 def fetch_state(model_name: str, weights_name: str) -> dict[str, Tensor]:
@@ -32,23 +31,9 @@ def fetch_state(model_name: str, weights_name: str) -> dict[str, Tensor]:
 
 def _import_torchvision_models() -> ModuleType:
     try:
-        return importlib.import_module("torchvision.models")
+        return import_torchvision_models()
     except ModuleNotFoundError as error:
         raise NotImplementedError(
             f"fetch_state: expected torchvision to be installed, got {error} "
             "(pip install torchvision, in the version that belongs to the installed torch)"
         ) from error
-    except RuntimeError as error:
-        # So stops a torchvision built for CUDA on a CPU-only torch: it describes ops that it could not load.
-        if "operator torchvision::nms does not exist" not in str(error):
-            raise
-        _declare_absent_ops()
-        return importlib.import_module("torchvision.models")
-
-
-@functools.cache  # A Library takes its operators along when it is collected.
-def _declare_absent_ops() -> Library:
-    library = Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
