@@ -32,7 +32,12 @@ KERNEL_ROOMS = [
     ("vpns_kernels.ops",),
     ("vpns_kernels.schemas", "vpns_kernels.formats", "vpns_kernels.native"),
     ("vpns_kernels.patterns",),
-    ("vpns_kernels.geometry", "vpns_kernels.memory", "vpns_kernels.torchvision_import"),
+    (
+        "vpns_kernels.geometry",
+        "vpns_kernels.memory",
+        "vpns_kernels.torchvision_import",
+        "vpns_kernels.onnx_file",
+    ),
 ]
 TRAINER_ROOMS = [
     ("vpns.cli", "vpns.__main__"),

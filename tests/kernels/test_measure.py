@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vpns_kernels.measure import (
+    OPPONENTS,
     Laps,
+    Opponent,
     Sample,
     add_up,
     compare,
@@ -226,6 +228,44 @@ def test_an_engine_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     assert opponent.call is None
     assert opponent.why_not is not None
     assert "no working C++ compiler" in opponent.why_not
+
+
+def test_an_engine_that_answers_wrongly_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Opponent("wrong float32", lambda: torch.zeros(2, 4))
+    monkeypatch.setitem(OPPONENTS, "wrong float32", lambda name, subject: wrong)
+    opponent = find_opponents(nn.Linear(3, 4), torch.randn(2, 3), ["wrong float32"])["wrong float32"]
+    assert opponent.call is None
+    assert opponent.why_not is not None
+    assert "off by 1 of the largest, more than the 0.001 of rounding" in opponent.why_not
+
+
+PEERS = ["onnxruntime float32", "openvino float32", "openvino bfloat16", "openvino int8"]
+
+
+def test_engines_that_are_not_installed_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vpns_kernels.onnx_file.find_spec", lambda name: None)
+    found = find_opponents(nn.Linear(3, 4), torch.randn(2, 3), [*PEERS, "deepsparse float32"])
+    assert all(opponent.call is None for opponent in found.values())
+    for name in PEERS:
+        assert "onnx, onnxscript" in str(found[name].why_not)
+        assert "pip install 'vpns[peers]'" in str(found[name].why_not)
+    assert "deepsparse==1.8.0" in str(found["deepsparse float32"].why_not)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_engines_that_read_onnx_give_torchs_answer(name: str) -> None:
+    pytest.importorskip("onnxscript", reason="the extra [peers] is not installed")
+    pytest.importorskip(name.split()[0], reason="the extra [peers] is not installed")
+    model = network().eval()
+    x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    opponent = find_opponents(model, x, [name])[name]
+    if opponent.why_not is not None and "no bfloat16 on this CPU" in opponent.why_not:
+        pytest.skip(opponent.why_not)
+    assert opponent.call is not None, opponent.why_not
+    with torch.no_grad():
+        expected = model(x)
+    bound = {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.1}[name.split()[-1]]
+    assert float((opponent.call() - expected).abs().max() / expected.abs().max()) <= bound
 
 
 @pytest.mark.long

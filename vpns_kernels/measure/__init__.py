@@ -2,7 +2,8 @@
 
 from vpns_kernels.measure.fingerprint import fingerprint
 from vpns_kernels.measure.network import bench_network
-from vpns_kernels.measure.opponents import OPPONENTS, Opponent, find_opponents
+from vpns_kernels.measure.opponents import OPPONENTS, find_opponents
+from vpns_kernels.measure.subject import Opponent
 from vpns_kernels.measure.timing import (
     Laps,
     Ratio,

@@ -5,27 +5,20 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
-Call = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Opponent:
-    """A dense engine that holds one network and one input; either `call` or `why_not` is None."""
-
-    name: str
-    call: Call | None
-    why_not: str | None = None
+from vpns_kernels.measure.onnx_engines import deepsparse, onnxruntime, openvino
+from vpns_kernels.measure.subject import Call, Opponent, Subject
 
 
 def find_opponents(network: nn.Module, x: Tensor, names: Iterable[str] | None = None) -> dict[str, Opponent]:
     """Dense engines for a network (or one layer) and its input, by name, in the order of the names.
+
+    Each was called once, and gave the outputs of torch's float32 but for the rounding of its own type.
 
     Args:
         network: in any mode; it is copied, the copy put in eval mode, channels_last and the engine's dtype.
@@ -38,16 +31,17 @@ def find_opponents(network: nn.Module, x: Tensor, names: Iterable[str] | None = 
     wanted = tuple(OPPONENTS if names is None else names)
     if unknown := [name for name in wanted if name not in OPPONENTS]:
         raise ValueError(f"find_opponents: expected names of {list(OPPONENTS)}, got {unknown}")
-    return {name: OPPONENTS[name](name, network, x) for name in wanted}
+    subject = Subject(network, x)
+    return {name: subject.check(OPPONENTS[name](name, subject)) for name in wanted}
 
 
-def _eager(name: str, network: nn.Module, x: Tensor) -> Opponent:
-    cast, given = _cast(network, x, _dtype(name))
+def _eager(name: str, subject: Subject) -> Opponent:
+    cast, given = _cast(subject.network, subject.x, _dtype(name))
     return Opponent(name, _without_grad(cast, given))
 
 
-def _compiled(name: str, network: nn.Module, x: Tensor) -> Opponent:
-    cast, given = _cast(network, x, _dtype(name))
+def _compiled(name: str, subject: Subject) -> Opponent:
+    cast, given = _cast(subject.network, subject.x, _dtype(name))
     # Frozen weights are laid out and folded once: the fastest that the compiler offers for inference.
     compiled = torch.compile(cast, options={"freezing": True})
     call = _without_grad(compiled, given)
@@ -59,11 +53,16 @@ def _compiled(name: str, network: nn.Module, x: Tensor) -> Opponent:
     return Opponent(name, call)
 
 
-OPPONENTS: dict[str, Callable[[str, nn.Module, Tensor], Opponent]] = {
+OPPONENTS: dict[str, Callable[[str, Subject], Opponent]] = {
     "torch float32": _eager,
     "torch bfloat16": _eager,
     "torch.compile float32": _compiled,
     "torch.compile bfloat16": _compiled,
+    "onnxruntime float32": onnxruntime,
+    "openvino float32": openvino,
+    "openvino bfloat16": openvino,
+    "openvino int8": openvino,
+    "deepsparse float32": deepsparse,
 }
 
 
