@@ -1,13 +1,19 @@
 // Everything that is compiled for AMX (with AVX-512 for the stores).
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "cpu/phases.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_amx.h"
+#include "cpu/sparse_conv2d_block.h"
+#include "cpu/weight_gradient.h"
 
 #define VPNS_LANES 16
 #define VPNS_RUN_AMX run_amx
@@ -15,7 +21,16 @@
 namespace vpns {
 namespace {
 #include "cpu/simd.inl"
+#include "cpu/lanes.inl"
 #include "cpu/sparse_conv2d_channels.inl"
+#include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_amx.inl"
+#include "cpu/weight_gradient.inl"
+#include "cpu/weight_gradient_amx.inl"
 }  // namespace
+
+void run_block_grad_amx(const BlockGradPlan& plan, const WeightGradCall& call) {
+  run_block_grad<TileProducts>(plan, call);
+}
+
 }  // namespace vpns

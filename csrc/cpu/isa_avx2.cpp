@@ -37,6 +37,7 @@ namespace {
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
 #include "cpu/weight_gradient.inl"
+#include "cpu/weight_gradient_vectors.inl"
 #include "cpu/batch_norm_act.inl"
 #include "cpu/channel_mask.inl"
 #include "cpu/prompt_conv2d.inl"
@@ -45,7 +46,7 @@ namespace {
 
 void run_block_avx2(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
 void run_block_grad_avx2(const BlockGradPlan& plan, const WeightGradCall& call) {
-  run_block_grad<float>(plan, call);
+  run_block_grad<VectorProducts<float>>(plan, call);
 }
 
 PromptSteps run_prompt_steps_avx2() { return prompt_steps<float>(); }

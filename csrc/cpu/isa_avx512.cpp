@@ -34,13 +34,14 @@ namespace {
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
 #include "cpu/weight_gradient.inl"
+#include "cpu/weight_gradient_vectors.inl"
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"
 }  // namespace
 
 void run_block_avx512(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
 void run_block_grad_avx512(const BlockGradPlan& plan, const WeightGradCall& call) {
-  run_block_grad<float>(plan, call);
+  run_block_grad<VectorProducts<float>>(plan, call);
 }
 
 PromptSteps run_prompt_steps_avx512() { return prompt_steps<float>(); }

@@ -27,11 +27,12 @@ namespace {
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"
 #include "cpu/weight_gradient.inl"
+#include "cpu/weight_gradient_vectors.inl"
 }  // namespace
 
 void run_block_avx512_bf16(const BlockPlan& plan, const ConvCall& call) { run_block<Bf16>(plan, call); }
 void run_block_grad_avx512_bf16(const BlockGradPlan& plan, const WeightGradCall& call) {
-  run_block_grad<Bf16>(plan, call);
+  run_block_grad<VectorProducts<Bf16>>(plan, call);
 }
 
 PromptSteps run_prompt_steps_avx512_bf16() { return prompt_steps<Bf16>(); }

@@ -37,18 +37,23 @@ namespace {
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
 #include "cpu/weight_gradient.inl"
+#include "cpu/weight_gradient_vectors.inl"
 #include "cpu/tiles_emulated.inl"
 #include "cpu/sparse_conv2d_amx.inl"
+#include "cpu/weight_gradient_amx.inl"
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"
 }  // namespace
 
 void run_block_avx512_emulated(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
 void run_block_grad_avx512_emulated(const BlockGradPlan& plan, const WeightGradCall& call) {
-  run_block_grad<float>(plan, call);
+  run_block_grad<VectorProducts<float>>(plan, call);
 }
 void run_block_grad_avx512_bf16_emulated(const BlockGradPlan& plan, const WeightGradCall& call) {
-  run_block_grad<Bf16>(plan, call);
+  run_block_grad<VectorProducts<Bf16>>(plan, call);
+}
+void run_block_grad_amx_emulated(const BlockGradPlan& plan, const WeightGradCall& call) {
+  run_block_grad<TileProducts>(plan, call);
 }
 void run_block_avx512_bf16_emulated(const BlockPlan& plan, const ConvCall& call) { run_block<Bf16>(plan, call); }
 

@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t kOperandBytes = 256 * 1024, kTileBytes = 4 * 1024 * 1024;
 // Words that share a pass over the pixels, where blocks are narrower.
 constexpr int64_t kSpanWords = 96;
+// Positions of one AMX product.
+constexpr int64_t kMaxLine = 16;
 
 struct GradKernel {
   const char* name;
@@ -21,31 +23,41 @@ struct GradKernel {
   bool emulated;  // only by name
   int64_t lanes;
   bool pairs;  // words of two bf16 images
+  bool tiles;  // AMX's, over lines of positions
   RunBlockGrad run;
 };
 
 const std::vector<GradKernel>& grad_kernels() {
   static const std::vector<GradKernel> table = {
+#if defined(VPNS_WITH_AMX)
+      {"amx", Isa::kAmx, false, 16, true, true, run_block_grad_amx},
+#endif
 #if defined(VPNS_WITH_AVX512_BF16)
-      {"avx512_bf16", Isa::kAvx512Bf16, false, 16, true, run_block_grad_avx512_bf16},
+      {"avx512_bf16", Isa::kAvx512Bf16, false, 16, true, false, run_block_grad_avx512_bf16},
 #endif
 #if defined(VPNS_WITH_AVX512)
-      {"avx512", Isa::kAvx512, false, 16, false, run_block_grad_avx512},
+      {"avx512", Isa::kAvx512, false, 16, false, false, run_block_grad_avx512},
 #endif
 #if defined(VPNS_WITH_AVX2)
-      {"avx2", Isa::kAvx2, false, 8, false, run_block_grad_avx2},
-      {"avx512_emulated", Isa::kAvx2, true, 16, false, run_block_grad_avx512_emulated},
-      {"avx512_bf16_emulated", Isa::kAvx2, true, 16, true, run_block_grad_avx512_bf16_emulated},
+      {"avx2", Isa::kAvx2, false, 8, false, false, run_block_grad_avx2},
+      {"avx512_emulated", Isa::kAvx2, true, 16, false, false, run_block_grad_avx512_emulated},
+      {"avx512_bf16_emulated", Isa::kAvx2, true, 16, true, false, run_block_grad_avx512_bf16_emulated},
+      {"amx_emulated", Isa::kAvx2, true, 16, true, true, run_block_grad_amx_emulated},
 #endif
   };
   return table;
 }
 
-const GradKernel& choose_grad_kernel(const std::string& name, DType dtype) {
+// Null where there is none.
+const GradKernel* find_grad_kernel(const std::string& name, DType dtype) {
   for (const GradKernel& kernel : grad_kernels())
     if ((name.empty() ? !kernel.emulated : name == kernel.name) && isa_usable(kernel.isa) &&
         (!kernel.pairs || dtype == DType::kBF16))
-      return kernel;
+      return &kernel;
+  return nullptr;
+}
+
+[[noreturn]] void refuse(const std::string& name) {
   fail("weight_gradient", "a kernel for this type on a CPU with AVX2", name.empty() ? "none, or a cap below it" : name);
 }
 
@@ -54,7 +66,7 @@ void set_tile(BlockGradPlan& plan) {
   const int64_t units = ceil_div(s.N, plan.images), chunks = s.groups * plan.chunks_per_group;
   plan.tile_p = s.P;
   plan.tile_q = s.Q;
-  plan.tile_units = 1;
+  plan.tile_units = plan.over_images ? even_tile(units, kMaxLine) : 1;
   const auto too_large = [&] {
     plan.rows = plan.h.extent(plan.tile_p);
     plan.cols = plan.w.extent(plan.tile_q);
@@ -63,13 +75,20 @@ void set_tile(BlockGradPlan& plan) {
   };
   while (too_large() && plan.tile_p > 1) plan.tile_p = even_tile(s.P, plan.tile_p - 1);
   while (too_large() && plan.tile_q > 16) plan.tile_q = even_tile(s.Q, plan.tile_q - 1);
-  if (plan.tile_p < s.P || plan.tile_q < s.Q) return;
+  if (plan.tile_p < s.P || plan.tile_q < s.Q || plan.over_images) return;
   while (plan.tile_units < units) {
     ++plan.tile_units;
     if (!too_large()) continue;
     plan.tile_units = even_tile(units, plan.tile_units - 1);
     return;
   }
+}
+
+// Lines of the same length in all tiles, the last and smallest too.
+void set_line(BlockGradPlan& plan) {
+  const int64_t extent = plan.over_images ? ceil_div(plan.shape.N, plan.images) : plan.shape.Q;
+  const int64_t tile = plan.over_images ? plan.tile_units : plan.tile_q;
+  plan.line = even_tile(extent - (ceil_div(extent, tile) - 1) * tile, kMaxLine);
 }
 
 // Consecutive blocks of a row whose words follow each other become one span.
@@ -104,7 +123,13 @@ BlockGradPlan make_plan(const ConvShape& s, const SparseWeights& layout, const G
   plan.chunks_per_group = ceil_div(channels, bc);
   plan.rows_per_group = ceil_div(filters, bk);
   plan.images = kernel.pairs ? 2 : 1;
+  if (kernel.tiles) {
+    plan.line = kMaxLine;
+    // Images lie far apart: only where rows of outputs leave most of a product empty.
+    plan.over_images = even_tile(ceil_div(s.N, plan.images), kMaxLine) >= 2 * even_tile(s.Q, kMaxLine);
+  }
   set_tile(plan);
+  if (kernel.tiles) set_line(plan);
   plan.blocks.reserve(layout.count);
   for (int64_t row = 0; row < s.groups * plan.rows_per_group; ++row)
     for (int32_t i = layout.indptr[row]; i < layout.indptr[row + 1]; ++i) {
@@ -121,24 +146,28 @@ BlockGradPlan make_plan(const ConvShape& s, const SparseWeights& layout, const G
 
 class PreparedBlockGrad final : public PreparedWeightGrad {
  public:
-  PreparedBlockGrad(const ConvShape& s, const SparseWeights& layout, const std::string& kernel) {
-    for (DType dtype : {DType::kF32, DType::kBF16}) {
-      const GradKernel& chosen = choose_grad_kernel(kernel, dtype);
-      if (forms_.empty() || chosen.run != forms_.back().run)
-        forms_.push_back({make_plan(s, layout, chosen), chosen.run});
-    }
+  PreparedBlockGrad(const ConvShape& s, const SparseWeights& layout, const std::string& kernel) : name_(kernel) {
+    const GradKernel* const of_pairs = find_grad_kernel(kernel, DType::kBF16);
+    const GradKernel* const of_floats = find_grad_kernel(kernel, DType::kF32);
+    if (of_pairs == nullptr) refuse(kernel);
+    pairs_ = {make_plan(s, layout, *of_pairs), of_pairs->run};
+    if (of_floats != nullptr && of_floats != of_pairs) floats_ = {make_plan(s, layout, *of_floats), of_floats->run};
+    takes_floats_ = of_floats != nullptr;
   }
   void run(const WeightGradCall& call) const override {
-    const Form& form = call.dtype == DType::kBF16 ? forms_.back() : forms_.front();
+    if (call.dtype != DType::kBF16 && !takes_floats_) refuse(name_);
+    const Form& form = call.dtype == DType::kBF16 || floats_.run == nullptr ? pairs_ : floats_;
     form.run(form.plan, call);
   }
 
  private:
   struct Form {
     BlockGradPlan plan;
-    RunBlockGrad run;
+    RunBlockGrad run = nullptr;
   };
-  std::vector<Form> forms_;  // of float32 and, where that is another, of bf16
+  std::string name_;
+  Form pairs_, floats_;  // of bf16, and of other types where that is another
+  bool takes_floats_;
 };
 
 }  // namespace
@@ -156,8 +185,9 @@ void score_gradient(const ConvShape& s, const WeightGradCall& call, const std::s
   for (int64_t row = 0; row <= rows; ++row) indptr[row] = static_cast<int32_t>(row * columns);
   for (int64_t i = 0; i < rows * columns; ++i) index[i] = static_cast<int32_t>(i % columns);
   const SparseWeights all{Format::kBlock, DType::kF32, nullptr, indptr.data(), index.data(), rows * columns, w.bk, w.bc};
-  const GradKernel& chosen = choose_grad_kernel(kernel, call.dtype);
-  chosen.run(make_plan(s, all, chosen), call);
+  const GradKernel* const chosen = find_grad_kernel(kernel, call.dtype);
+  if (chosen == nullptr) refuse(kernel);
+  chosen->run(make_plan(s, all, *chosen), call);
 }
 
 }  // namespace vpns

@@ -6,8 +6,9 @@
 // Tiles of pixels are laid out by all threads: the input as planes [chunk of bc channels][row][column][channel], padded
 // with zeros, so that a tap is one offset; the gradient of the output as [block row][pixel][padded bk]. Then each thread
 // takes its own blocks: a few channels × two vectors of output channels of sums stay in registers while the tile's
-// pixels stream past. The unit is a 32-bit word: a pixel in float32, the same pixel of two images in bf16. Every sum
-// belongs to one thread and runs over the tiles in order, so the result does not depend on the number of threads.
+// pixels stream past; on AMX 32 × 32 sums, in tiles (weight_gradient_amx.inl). The unit is a 32-bit word: a pixel in
+// float32, the same pixel of two images in bf16. Every sum belongs to one thread and runs over the tiles in order, so the
+// result does not depend on the number of threads.
 #pragma once
 
 #include <memory>
@@ -49,11 +50,19 @@ struct BlockGradPlan {
   int64_t images;                         // of a word
   int64_t tile_p, tile_q, tile_units;     // output pixels and words of images of a tile
   int64_t rows, cols;                     // of its planes
+  int64_t line = 0;                       // positions of one AMX product; 0 for vectors
+  bool over_images = false;               // a line's positions: words of images, or columns of outputs
   std::vector<Block> blocks;
   std::vector<Span> spans;
 
   int64_t chunk_words() const { return tile_units * rows * cols * chunk_channels; }
-  int64_t row_words() const { return tile_units * tile_p * tile_q * padded_bk; }
+  int64_t row_words() const {
+    return (line == 0 ? tile_units * tile_p * tile_q : lines(tile_units, tile_p, tile_q) * line) * padded_bk;
+  }
+  int64_t lines(int64_t units, int64_t height, int64_t width) const {
+    const int64_t extent = over_images ? units : width;
+    return (extent + line - 1) / line * height * (over_images ? width : units);
+  }
 };
 
 class PreparedWeightGrad {
@@ -62,8 +71,8 @@ class PreparedWeightGrad {
   virtual void run(const WeightGradCall& call) const = 0;
 };
 
-// For the layout of block weights; their values are not read. `kernel` is "avx512_bf16" (bf16 only), "avx512", "avx2" or
-// one of the first two with "_emulated", or empty for the first that this machine runs.
+// For the layout of block weights; their values are not read. `kernel` is "amx" or "avx512_bf16" (bf16 only), "avx512",
+// "avx2" or one of the first three with "_emulated", or empty for the first that this machine runs.
 std::unique_ptr<PreparedWeightGrad> prepare_weight_gradient(const ConvShape&, const SparseWeights& layout,
                                                             const std::string& kernel = "");
 
@@ -74,7 +83,9 @@ using RunBlockGrad = void (*)(const BlockGradPlan&, const WeightGradCall&);
 void run_block_grad_avx2(const BlockGradPlan&, const WeightGradCall&);
 void run_block_grad_avx512(const BlockGradPlan&, const WeightGradCall&);
 void run_block_grad_avx512_bf16(const BlockGradPlan&, const WeightGradCall&);
+void run_block_grad_amx(const BlockGradPlan&, const WeightGradCall&);
 void run_block_grad_avx512_emulated(const BlockGradPlan&, const WeightGradCall&);
 void run_block_grad_avx512_bf16_emulated(const BlockGradPlan&, const WeightGradCall&);
+void run_block_grad_amx_emulated(const BlockGradPlan&, const WeightGradCall&);
 
 }  // namespace vpns

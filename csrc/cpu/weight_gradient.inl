@@ -1,63 +1,21 @@
-// The loops of weight_gradient.h for one vector length; included by each instruction set's own file, after
-// sparse_conv2d_block.inl. A cell is float (a word is a pixel of one image) or Bf16 (of two).
+// How weight_gradient.h lays out pixels and what becomes of the sums; included by each instruction set's own file, after
+// sparse_conv2d_block_rows.inl and before the products: weight_gradient_vectors.inl, weight_gradient_amx.inl. A cell is
+// float (a word is a pixel of one image) or Bf16 (of two).
 
+// A span's share of what is laid out.
 struct GradTile {
   const float* x;        // words of a chunk, at the span's first here
-  const int64_t* pixel;  // by output pixel, words from the base
-  const float* grad;     // words [pixels][grad_pitch], at the block's first output channel here
-  int64_t pixels, grad_pitch, sum_pitch;
-  float* sums;  // [words][sum_pitch]
+  const int64_t* base;   // by row of grad, words of x further
+  const float* grad;     // of the span's block row, as the products want it
+  int64_t rows;          // of grad: output pixels, or lines of them
+  float* sums;           // of the span
+  int64_t pitch;         // from one row of sums to the next
 };
 
-// sums[c][k] = Σ over the tile's pixels of x[pixel][c] · grad[pixel][k], kWords × kVectors vectors in registers.
-template <typename Cell, int kWords, int kVectors>
-void add_outer_products(const GradTile& tile) {
-  Vec sum[kWords][kVectors] = {};
-  const float* grad = tile.grad;
-  for (int64_t m = 0; m < tile.pixels; ++m, grad += tile.grad_pitch) {
-    const float* x = tile.x + tile.pixel[m];
-    Vec g[kVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) g[v] = load(grad + v * kLanes);
-#pragma GCC unroll 16
-    for (int c = 0; c < kWords; ++c) {
-      uint32_t word;
-      std::memcpy(&word, x + c, sizeof word);
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[c][v] = multiply_add(Cell{}, word, g[v], sum[c][v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int c = 0; c < kWords; ++c)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) store(tile.sums + c * tile.sum_pitch + v * kLanes, sum[c][v]);
-}
-
-using AddOuterProducts = void (*)(const GradTile&);
-template <typename Cell, int kVectors, int... kWords>
-constexpr std::array<AddOuterProducts, sizeof...(kWords)> outer_table(std::integer_sequence<int, kWords...>) {
-  return {add_outer_products<Cell, kWords + 1, kVectors>...};
-}
-template <typename Cell, int kVectors>
-constexpr auto kOuter = outer_table<Cell, kVectors>(std::make_integer_sequence<int, kBlockPixels>{});
-
-// The sums [words][padded_bk] of a span over the tile's pixels.
-template <typename Cell>
-void multiply_span(const BlockGradPlan& plan, const BlockGradPlan::Span& span, GradTile tile) {
-  const float *x = tile.x, *grad = tile.grad;
-  float* sums = tile.sums;
-  const int64_t shares = (span.words + kBlockPixels - 1) / kBlockPixels;
-  for (int64_t k = 0; k < plan.padded_bk; k += 2 * kLanes) {
-    const auto& table = plan.padded_bk - k > kLanes ? kOuter<Cell, 2> : kOuter<Cell, 1>;
-    for (int64_t share = 0; share < shares; ++share) {
-      const int64_t c = span.words * share / shares;
-      tile.x = x + c;
-      tile.grad = grad + k;
-      tile.sums = sums + c * tile.sum_pitch + k;
-      table[span.words * (share + 1) / shares - c - 1](tile);
-    }
-  }
-}
+// The images and output pixels of a tile.
+struct GradRange {
+  int64_t n0, units, p0, p1, q0, q1;
+};
 
 // Words of `count` channels of a pixel; `second` is the other image's pixel, null where there is none.
 template <typename Cell, typename X>
@@ -84,11 +42,6 @@ inline void copy_words(const X* first, const X* second, int64_t count, float* to
     }
   }
 }
-
-// The images and output pixels of a tile.
-struct GradRange {
-  int64_t n0, units, p0, p1, q0, q1;
-};
 
 // Row `row` of the planes of the tile's unit `unit`, in all chunks.
 template <typename Cell, typename X>
@@ -125,99 +78,79 @@ void load_input_row(const BlockGradPlan& plan, const WeightGradCall& call, const
   }
 }
 
-// Row p of the gradient of the tile's unit, in all block rows; zeros beyond ragged ones.
-template <typename Cell, typename X>
-void load_gradient_row(const BlockGradPlan& plan, const WeightGradCall& call, const GradRange& tile, int64_t unit,
-                       int64_t p, float* grad) {
-  const ConvShape& s = plan.shape;
-  const int64_t n = tile.n0 + unit * plan.images, filters = s.K / s.groups;
-  const int64_t pixels = (tile.p1 - tile.p0) * (tile.q1 - tile.q0);
-  const int64_t before = unit * pixels + (p - tile.p0) * (tile.q1 - tile.q0);
-  for (int64_t row = 0; row < s.groups * plan.rows_per_group; ++row) {
-    const int64_t k = row % plan.rows_per_group * plan.bk, count = std::min(plan.bk, filters - k);
-    float* to = grad + row * plan.row_words() + before * plan.padded_bk;
-    const X* first = static_cast<const X*>(call.grad) + ((n * s.P + p) * s.Q + tile.q0) * s.K +
-                     row / plan.rows_per_group * filters + k;
-    const X* second = plan.images == 2 && n + 1 < s.N ? first + s.P * s.Q * s.K : nullptr;
-    for (int64_t q = tile.q0; q < tile.q1; ++q, first += s.K, to += plan.padded_bk) {
-      copy_words<Cell>(first, second, count, to);
-      if (count < plan.padded_bk) zero_cells(to + count, plan.padded_bk - count);
-      if (second != nullptr) second += s.K;
-    }
-  }
-}
+// The sums of a block: [channels][bk] or [bk][channels].
+struct BlockSums {
+  const float* sums;
+  int64_t stride_k, stride_c;
+
+  float at(int64_t k, int64_t c) const { return sums[k * stride_k + c * stride_c]; }
+};
 
 // Σ weight · sums over a block.
-inline double weigh_block(const MaskedWeight& w, const BlockGradPlan::Block& block, const float* sums, int64_t pitch) {
+inline double weigh_block(const MaskedWeight& w, const BlockGradPlan::Block& block, const BlockSums& sums) {
   const float* weight = w.weight + block.k0 * w.stride_k + block.c0 * w.stride_c + block.tap * w.stride_tap;
   double part[4] = {};
   for (int64_t k = 0; k < block.filters; ++k)
     for (int64_t c = 0; c < block.channels; ++c)
-      part[c % 4] += static_cast<double>(weight[k * w.stride_k + c * w.stride_c]) * sums[c * pitch + k];
+      part[c % 4] += static_cast<double>(weight[k * w.stride_k + c * w.stride_c]) * sums.at(k, c);
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// Sums [channels][pitch] of a tile to (or onto) the packed order [bk][bc]; zeros beyond ragged edges.
-inline void store_block(const BlockGradPlan& plan, const BlockGradPlan::Block& block, const float* sums, bool adds,
+// Sums of a tile to (or onto) the packed order [bk][bc]; zeros beyond ragged edges.
+inline void store_block(const BlockGradPlan& plan, const BlockGradPlan::Block& block, const BlockSums& sums, bool adds,
                         float* out) {
   if (!adds) zero_cells(out, plan.bk * plan.bc);
   for (int64_t k = 0; k < block.filters; ++k)
-    for (int64_t c = 0; c < block.channels; ++c) out[k * plan.bc + c] += sums[c * plan.padded_bk + k];
+    for (int64_t c = 0; c < block.channels; ++c) out[k * plan.bc + c] += sums.at(k, c);
 }
 
-template <typename Cell, typename X>
+// Products: what lays out the output's gradient and multiplies.
+template <typename Products, typename X>
 void run_typed_grad(const BlockGradPlan& plan, const WeightGradCall& call) {
   const ConvShape& s = plan.shape;
   const int64_t blocks = static_cast<int64_t>(plan.blocks.size()), spans = static_cast<int64_t>(plan.spans.size());
   const int64_t units = (s.N + plan.images - 1) / plan.images;
   const int64_t tiles_p = (s.P + plan.tile_p - 1) / plan.tile_p, tiles_q = (s.Q + plan.tile_q - 1) / plan.tile_q;
   const int64_t tiles = (units + plan.tile_units - 1) / plan.tile_units * tiles_p * tiles_q;
-  const int64_t tile_pixels = plan.tile_units * plan.tile_p * plan.tile_q;
   const int64_t x_floats = s.groups * plan.chunks_per_group * plan.chunk_words();
   const int64_t grad_floats = s.groups * plan.rows_per_group * plan.row_words();
   std::vector<double> scores(call.weight == nullptr ? 0 : blocks, 0.0);
   if (tiles == 0) zero_cells(call.out, blocks * (call.weight == nullptr ? plan.bk * plan.bc : 1));
   int64_t most_words = 0;
   for (const BlockGradPlan::Span& span : plan.spans) most_words = std::max(most_words, span.words);
-  const int64_t own_floats = (most_words * plan.padded_bk + 15) / 16 * 16;
-  // Of the calling thread: what all read, then its own sums.
-  const int64_t shared_floats = (x_floats + grad_floats + 2 * tile_pixels + 15) / 16 * 16;
-  float* const shared = thread_scratch(own_floats + shared_floats);
+  const auto whole_lines = [](int64_t floats) { return (floats + 15) / 16 * 16; };
+  const int64_t own_floats = whole_lines(most_words) * plan.padded_bk;
+  // Of the calling thread: its own sums, then what all read; the last words are read in vectors.
+  float* const shared = thread_scratch(own_floats + grad_floats + x_floats + 16);
   float *const grad = shared + own_floats, *const x = grad + grad_floats;
-  std::vector<int64_t> base(tile_pixels);
+  std::vector<int64_t> base(plan.tile_units * plan.tile_p * plan.tile_q);
 #pragma omp parallel num_threads(call.threads)
   {
+    const Products products(plan, whole_lines(most_words));
     float* const sums = omp_get_thread_num() == 0 ? shared : thread_scratch(own_floats);
     for (int64_t number = 0; number < tiles; ++number) {
       const int64_t u0 = number / (tiles_p * tiles_q) * plan.tile_units;
       const int64_t p0 = number / tiles_q % tiles_p * plan.tile_p, q0 = number % tiles_q * plan.tile_q;
       const GradRange tile{u0 * plan.images, std::min(plan.tile_units, units - u0),
                            p0, std::min(p0 + plan.tile_p, s.P), q0, std::min(q0 + plan.tile_q, s.Q)};
-      const int64_t height = tile.p1 - p0, width = tile.q1 - q0;
 #pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < tile.units * plan.rows; ++i)
-        load_input_row<Cell, X>(plan, call, tile, i / plan.rows, i % plan.rows, x);
+        load_input_row<typename Products::Cell, X>(plan, call, tile, i / plan.rows, i % plan.rows, x);
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < tile.units * height; ++i) {
-        const int64_t unit = i / height, p = i % height;
-        load_gradient_row<Cell, X>(plan, call, tile, unit, p0 + p, grad);
-        for (int64_t q = 0; q < width; ++q)
-          base[i * width + q] = ((unit * plan.rows + p * plan.h.step) * plan.cols + q * plan.w.step) * plan.chunk_channels;
-      }
+      for (int64_t i = 0; i < products.loads(tile); ++i)
+        products.template load_gradient<X>(call, tile, i, grad, base.data());
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < spans; ++i) {
         const BlockGradPlan::Span& span = plan.spans[i];
         const BlockGradPlan::Block& first = plan.blocks[span.first];
-        multiply_span<Cell>(plan, span,
-                            {x + first.chunk * plan.chunk_words() + first.offset, base.data(),
-                             grad + first.row * plan.row_words(), tile.units * height * width, plan.padded_bk,
-                             plan.padded_bk, sums});
-        const float* of_block = sums;
+        products.multiply_span(span, {x + first.chunk * plan.chunk_words() + first.offset, base.data(),
+                                      grad + first.row * plan.row_words(), products.rows(tile), sums, products.pitch});
+        BlockSums of_block{sums, products.stride_k, products.stride_c};
         for (int64_t b = span.first; b < span.first + span.blocks; ++b) {
           const BlockGradPlan::Block& block = plan.blocks[b];
-          if (call.weight != nullptr) scores[b] += weigh_block(*call.weight, block, of_block, plan.padded_bk);
+          if (call.weight != nullptr) scores[b] += weigh_block(*call.weight, block, of_block);
           else store_block(plan, block, of_block, number > 0, call.out + b * plan.bk * plan.bc);
-          of_block += block.channels * plan.padded_bk;
+          of_block.sums += block.channels * of_block.stride_c;
         }
       }
     }
@@ -225,10 +158,10 @@ void run_typed_grad(const BlockGradPlan& plan, const WeightGradCall& call) {
   for (int64_t i = 0; i < static_cast<int64_t>(scores.size()); ++i) call.out[i] = static_cast<float>(scores[i]);
 }
 
-template <typename Cell>
+template <typename Products>
 void run_block_grad(const BlockGradPlan& plan, const WeightGradCall& call) {
-  if constexpr (std::is_same_v<Cell, Bf16>) run_typed_grad<Cell, Bf16>(plan, call);
-  else if (call.dtype == DType::kBF16) run_typed_grad<Cell, Bf16>(plan, call);
-  else if (call.dtype == DType::kF16) run_typed_grad<Cell, Fp16>(plan, call);
-  else run_typed_grad<Cell, float>(plan, call);
+  if constexpr (std::is_same_v<typename Products::Cell, Bf16>) run_typed_grad<Products, Bf16>(plan, call);
+  else if (call.dtype == DType::kBF16) run_typed_grad<Products, Bf16>(plan, call);
+  else if (call.dtype == DType::kF16) run_typed_grad<Products, Fp16>(plan, call);
+  else run_typed_grad<Products, float>(plan, call);
 }

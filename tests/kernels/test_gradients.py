@@ -44,9 +44,12 @@ def make(geometry: ConvGeometry, spec: str, dtype: torch.dtype, density: float =
     return pack(weight, mask, pattern, geometry)
 
 
-def inputs(geometry: ConvGeometry, images: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def inputs(
+    geometry: ConvGeometry, images: int, dtype: torch.dtype, at_least: int = 13
+) -> tuple[Tensor, Tensor]:
     """An input that the filter fits into, and a gradient of the output."""
-    size = [max(13, (k - 1) * d + 2) for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
+    reach = [(k - 1) * d + 2 for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
+    size = [max(at_least, pixels) for pixels in reach]
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(images, geometry.in_channels, *size, generator=generator).to(dtype)
     grad_shape = (images, geometry.out_channels, *geometry.output_size(*size))
@@ -178,6 +181,21 @@ def test_unstructured_weight_gradients_by_every_kernel(geometry: ConvGeometry, k
                 found.append(native_weight_gradient(packed, x, grad, kernel, threads))
         assert all(torch.equal(found[0], again) for again in found[1:])
         # The sums are float32, so the bound is that of float32 whatever the inputs.
+        assert_within_the_bound(packed, x, grad, (None, found[0]), torch.float32)
+
+
+@pytest.mark.parametrize("spec", ["block:16x16", "block:32x32", "block:8x4"])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_block_weight_gradients_on_emulated_tiles(geometry: ConvGeometry, spec: str) -> None:
+    # Lines along rows of outputs, and over images where rows are short: whole ones, and a last one cut.
+    for images, density, size in ((1, 1.0, 13), (2, 0.0, 13), (35, 0.1, 5), (67, 0.1, 9), (3, 0.3, 37)):
+        packed = make(geometry, spec, torch.bfloat16, density)
+        x, grad = inputs(geometry, images, torch.bfloat16, size)
+        found = []
+        for threads in (1, 3):
+            with poisoned_memory():
+                found.append(native_weight_gradient(packed, x, grad, "amx_emulated", threads))
+        assert torch.equal(*found)
         assert_within_the_bound(packed, x, grad, (None, found[0]), torch.float32)
 
 

@@ -157,7 +157,8 @@ def test_native_gradients_are_those_of_float64(case: Any) -> None:
 FORWARD_KERNELS = [
     name for name in native.library().sparse_conv2d_kernels(emulated=True) if not name.startswith("channel")
 ]
-SCORE_KERNELS = ("avx512_bf16", "avx512", "avx2", "avx512_emulated", "avx512_bf16_emulated")
+SCORE_KERNELS = ("amx", "avx512_bf16", "avx512", "avx2")
+SCORE_KERNELS += ("amx_emulated", "avx512_emulated", "avx512_bf16_emulated")
 
 
 def inputs_of(args: dict[str, Any], grad: Tensor) -> tuple[Any, ...]:
@@ -195,7 +196,7 @@ def test_every_instruction_set_sums_the_scores_of_blocks(shape: str, kernel: str
         pytest.skip(f"this CPU has no {kernel}")
     for spec in ("block:16x16", "block:32x32", "block:8x4"):
         for dtype in ROUNDOFF:
-            if "bf16" in kernel and dtype != torch.bfloat16:
+            if ("bf16" in kernel or "amx" in kernel) and dtype != torch.bfloat16:
                 continue
             if not fits(shape, spec):
                 continue
