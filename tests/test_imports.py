@@ -40,7 +40,7 @@ KERNEL_ROOMS = [
     ),
 ]
 TRAINER_ROOMS = [
-    ("vpns.cli", "vpns.__main__"),
+    ("vpns.cli", "vpns.__main__", "vpns.option_help"),
     ("vpns.run",),
     ("vpns.stages", "vpns.report", "vpns.deploy", "vpns.doctor"),
     (

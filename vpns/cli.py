@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from vpns.config import RunConfig, flatten
+from vpns.option_help import describe_options
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -92,12 +93,22 @@ def parse(arguments: Sequence[str]) -> Asked:
 
 
 def _parse_with(defaults: dict[str, Any], arguments: Sequence[str]) -> tuple[str, Namespace]:
-    namespace = _build_parser(arguments, defaults).parse_args(_config_first(arguments))
+    ahead, others = _split_config(arguments)
+    # --config ahead, so that an option overrides the file wherever it stands.
+    ordered = others[:1] + ahead + others[1:]
+    try:
+        namespace = _build_parser(arguments, defaults).parse_args(ordered)
+    except ArgumentError as error:
+        if not ahead or not str(error).startswith("Problems parsing config"):
+            raise
+        # What YAML cannot read is described by its place, but not by its file.
+        files = ", ".join(word.removeprefix("--config=") for word in ahead if word != "--config")
+        raise ValueError(f"--config: expected YAML, got {files} ({error})") from error
     return namespace.command, namespace[namespace.command]
 
 
-def _config_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with --config moved ahead, so that an option overrides the file wherever it stands."""
+def _split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """--config with its file, and all other arguments."""
     ahead: list[str] = []
     others: list[str] = []
     takes_next = False
@@ -105,7 +116,7 @@ def _config_first(arguments: Sequence[str]) -> list[str]:
         is_config = takes_next or argument == "--config" or argument.startswith("--config=")
         (ahead if is_config else others).append(argument)
         takes_next = argument == "--config"
-    return others[:1] + ahead + others[1:]
+    return ahead, others
 
 
 def _build_parser(arguments: Sequence[str], defaults: dict[str, Any]) -> ArgumentParser:
@@ -127,6 +138,7 @@ def _build_parser(arguments: Sequence[str], defaults: dict[str, Any]) -> Argumen
         command.add_argument("--check", action="store_true", help=check)
         if name in arguments:
             command.add_class_arguments(RunConfig, nested_key=None)
+            describe_options(command, RunConfig)
             command.set_defaults(defaults)
         commands.add_subcommand(name, command, help=help_text)
     doctor = ArgumentParser(exit_on_error=False)

@@ -123,7 +123,8 @@ class StageConfig:
         prompt_lr: learning rate of the prompt; null for the same.
         weight_decay: added to the gradient (coupled, as published).
         momentum: of sgd.
-        schedule: cosine to 0, multistep (a tenth at 50 % and again at 72 %) or constant; moves once an epoch.
+        schedule: cosine to 0, multistep (a tenth at 0.5 of the epochs and again at 0.72) or constant;
+            moves once an epoch.
     """
 
     epochs: int = 30
@@ -150,7 +151,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig(StageConfig):
-    """How letters are learned; see StageConfig."""
+    """How letters are learned. Args as in StageConfig."""
 
     epochs: int = 6
     batch_size: int = 64
@@ -160,7 +161,7 @@ class PretrainConfig(StageConfig):
 
 @dataclass(frozen=True)
 class SearchConfig(StageConfig):
-    """How scores and prompt are learned; see StageConfig."""
+    """How scores and prompt are learned. Args as in StageConfig."""
 
     epochs: int = 60
     batch_size: int = 25
@@ -171,7 +172,7 @@ class SearchConfig(StageConfig):
 
 @dataclass(frozen=True)
 class TuneConfig(StageConfig):
-    """How the kept weights and the prompt are tuned; see StageConfig."""
+    """How the kept weights and the prompt are tuned. Args as in StageConfig."""
 
     batch_size: int = 25
 

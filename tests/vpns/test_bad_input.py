@@ -131,6 +131,7 @@ def test_a_mistyped_setting_does_not_spoil_the_folder_for_the_command_as_it_was_
     [
         ("denstiy: 0.1\n", "denstiy"),
         ("prompt:\n  frames: 3\n", "frames"),
+        ("density: [\n", "expected YAML, got bad.yaml"),
         ("density: [\n", "line 2"),
         ("7\n", "7"),
     ],

@@ -15,8 +15,9 @@ from types import ModuleType
 import pytest
 
 from vpns import cli, run
-from vpns.config import RunConfig, SearchConfig
+from vpns.config import RunConfig, SearchConfig, flatten
 from vpns.observe import End, EpochMetrics, Progress, Start, Step
+from vpns.option_help import option_texts
 
 TINY = [
     "--data.train_count=60",
@@ -48,6 +49,21 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def config_of(arguments: list[str]) -> RunConfig:
     return cli.parse(arguments).config
+
+
+def test_every_setting_is_described_where_help_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    printed = capsys.readouterr().out
+    assert "<class 'vpns" not in printed
+    # Lines are broken at blanks and hyphens.
+    words = "".join(printed.split())
+    texts = option_texts(RunConfig)
+    assert set(flatten(RunConfig().to_dict())) <= set(texts)
+    assert all("".join(text.split()) in words for text in texts.values())
+    # Of what a stage inherits: at its own name, with its own default.
+    assert texts["search.lr"] == "learning rate."
+    assert texts["tune.schedule"] == texts["pretrain.schedule"]
 
 
 def test_without_options_the_settings_are_the_defaults(tmp_path: Path) -> None:
