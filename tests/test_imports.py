@@ -42,7 +42,7 @@ KERNEL_ROOMS = [
 TRAINER_ROOMS = [
     ("vpns.cli", "vpns.__main__", "vpns.option_help"),
     ("vpns.run",),
-    ("vpns.stages", "vpns.report", "vpns.deploy", "vpns.doctor"),
+    ("vpns.stages", "vpns.report", "vpns.deploy", "vpns.doctor", "vpns.exchange"),
     (
         "vpns.step",
         "vpns.group",
@@ -64,6 +64,7 @@ ALLOWED = {
     # A report is written from a finished run folder, opened as a run opens it.
     ("vpns.report", "vpns.run"),
     ("vpns.deploy", "vpns.run"),
+    ("vpns.exchange", "vpns.run"),
 }
 
 

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from vpns.config import RunConfig, flatten
 from vpns.option_help import describe_options
+
+Format = Literal["artifact", "onnx", "torch"]
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -49,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         until = "report" if asked.command == "run" else asked.command
         execute(asked.folder, asked.config, until, [Progress()], checks=asked.checks)
+        if asked.format in ("onnx", "torch"):
+            from vpns.exchange import export_as
+
+            print(export_as(asked.folder, asked.format))
     except _USER_ERRORS as error:
         if asked.is_debug:
             raise
@@ -66,6 +72,7 @@ class Asked:
     Args:
         is_debug: whether to show tracebacks.
         checks: whether search and tune compare their kernels with the dense reference before they train.
+        format: what `export` writes beside the artifact.
     """
 
     folder: Path
@@ -73,6 +80,7 @@ class Asked:
     config: RunConfig
     is_debug: bool = False
     checks: bool = False
+    format: Format = "artifact"
 
 
 def parse(arguments: Sequence[str]) -> Asked:
@@ -89,7 +97,7 @@ def parse(arguments: Sequence[str]) -> Asked:
         command, chosen = _parse_with(stored, arguments)
     values = chosen.as_dict()
     config = RunConfig.from_dict({field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
-    return Asked(folder, command, config, chosen.debug, chosen.check)
+    return Asked(folder, command, config, chosen.debug, chosen.check, chosen.get("format") or "artifact")
 
 
 def _parse_with(defaults: dict[str, Any], arguments: Sequence[str]) -> tuple[str, Namespace]:
@@ -136,6 +144,10 @@ def _build_parser(arguments: Sequence[str], defaults: dict[str, Any]) -> Argumen
         command.add_argument("--debug", action="store_true", help="show where an error comes from")
         check = "before search and tune train, compare 20 iterations with the dense reference"
         command.add_argument("--check", action="store_true", help=check)
+        if name == "export":
+            command.add_argument(
+                "--format", type=Format, default="artifact", help="also as ONNX, or as torch's state_dict"
+            )
         if name in arguments:
             command.add_class_arguments(RunConfig, nested_key=None)
             describe_options(command, RunConfig)

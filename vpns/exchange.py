@@ -1,0 +1,85 @@
+"""How does a finished run leave for other tools? As ONNX or as a plain state_dict, read back and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vpns.batches import iterate_split
+from vpns.files import replace_file
+from vpns.run import open_finished
+from vpns.stages.context import Context
+from vpns.stages.networks import load_start
+from vpns.stages.pruned import Pruned, load_pruned
+from vpns_kernels.onnx_file import run_onnx, to_onnx
+from vpns_kernels.patterns import Channel, parse_pattern
+from vpns_kernels.shrink import shrink
+
+_IMAGES = 5
+# Of the largest logit: ONNX Runtime sums in another order.
+_LARGEST_ERROR = 1e-4
+
+
+def export_as(folder: Path, kind: Literal["onnx", "torch"]) -> Path:
+    """Write export/network.onnx or export/network.pth; returns its path.
+
+    onnx: images [N, 3, size, size] in [0, 1] → logits, with prompt and normalisation, zeros in place; of the
+    channel pattern the smaller network. torch: the state_dict that torch.load and load_state_dict take.
+
+    Raises:
+        NotImplementedError: packages of the extra [onnx] that are missing.
+        RuntimeError: what is read back does not compute what the run's network does (a defect).
+    """
+    context = open_finished(folder)
+    pruned = load_pruned(context)
+    images = _images(context, pruned)
+    if kind == "torch":
+        path = context.stage_folder("export") / "network.pth"
+        replace_file(path, lambda tmp: torch.save(pruned.network.state_dict(), tmp))
+        plain = load_start(context).eval()
+        plain.load_state_dict(torch.load(path, weights_only=True))
+        found = _Whole(pruned, plain)(images)
+    else:
+        path = context.stage_folder("export") / "network.onnx"
+        network = pruned.network
+        if isinstance(parse_pattern(context.config.pattern), Channel):
+            network = shrink(network)
+        content = to_onnx(_Whole(pruned, network), images[:2], any_batch=True)
+        replace_file(path, lambda tmp: _write_bytes(tmp, content))
+        found = run_onnx(path.read_bytes())(images)
+    _compare(path, found, _Whole(pruned, pruned.network)(images))
+    return path
+
+
+class _Whole(nn.Module):
+    """Images in [0, 1] → logits, as the run itself infers."""
+
+    def __init__(self, pruned: Pruned, network: nn.Module) -> None:
+        super().__init__()
+        self.prompt, self.network, self.is_prompted = pruned.prompt, network, pruned.is_prompted
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.prompt(images, self.is_prompted))
+        return logits
+
+
+def _images(context: Context, pruned: Pruned) -> Tensor:
+    val = context.images.val.to(context.device)
+    (batch, *_) = iterate_split(val, pruned.prompt.image_size, pruned.is_prompted)
+    return batch.images[:_IMAGES].cpu()
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _compare(path: Path, found: Tensor, expected: Tensor) -> None:
+    error = float((found - expected).detach().abs().max() / expected.detach().abs().max())
+    if not error <= _LARGEST_ERROR:
+        raise RuntimeError(
+            f"export: expected {path} to compute the run's logits, got some off by {error:.2g} of the largest"
+        )
