@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 import vpns.stages.check
 from vpns.observe import Checked, Observer
 from vpns.run import execute
+from vpns.stages.exactness import Exactness
 from vpns.state import load_state
 from vpns_kernels.sparse_modules import SparseConv2d
 
@@ -41,6 +43,27 @@ def test_a_checked_run_ends_as_one_that_is_not(tiny_task: ModuleType, tmp_path: 
         execute(tmp_path / name, tiny_task.make_config(), "tune", checks=checks)
     for file in ("search/scores.safetensors", "tune/weights.safetensors", "tune/prompt.safetensors"):
         assert (tmp_path / "checked" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes(), file
+
+
+def test_a_relu_that_a_rounding_turns_is_no_error_but_a_wrong_kernel_is() -> None:
+    def judge(ours: Sequence[float], theirs: Sequence[float]) -> float:
+        exactness = Exactness("search", floor=1e-5)
+        for iteration, errors in enumerate(zip(ours, theirs, strict=True)):
+            exactness.add("a", iteration, *errors, 1.0)
+            exactness.add("b", iteration, 1e-6, 4e-3 if iteration == 7 else 1e-6, 1.0)
+        return exactness.judge()
+
+    exact = [1e-6] * 20
+    turned = [*exact[:12], *[3e-3] * 8]
+    for ours in (exact, turned):
+        assert judge(ours, exact) < 1
+        assert judge(ours, turned) < 1
+    with pytest.raises(ArithmeticError, match=r"search, iteration 2: .* gradient of a within 1\.4e-05"):
+        judge([*exact[:2], *[5e-5] * 18], exact)
+    with pytest.raises(ArithmeticError, match=r"search, iteration 19: .* gradient of a within 0\.016"):
+        judge([*exact[:19], 0.02], exact)
+    with pytest.raises(ArithmeticError, match="iteration 3: expected a finite gradient of a, got nan"):
+        judge([*exact[:3], float("nan"), *exact[4:]], exact)
 
 
 def test_a_gradient_that_is_off_stops_the_stage_before_it_begins_and_is_named(
