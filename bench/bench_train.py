@@ -49,6 +49,8 @@ DTYPES = ("float32", "bfloat16")
 LAYER_PATTERNS = ("unstructured", "block:32x32")
 # Pattern and dtype of whole iterations.
 STEP_FORMS = (("unstructured", "float32"), ("block:32x32", "float32"), ("block:32x32", "bfloat16"))
+# How often an iteration is timed that serves no goal.
+SWEEP_ROUNDS = 2
 # Channels and pixels of ResNet-18's residual sums at 224 px.
 NORMS = ((64, 56), (128, 28), (256, 14), (512, 7))
 # What the goals of an iteration of two updates are measured against.
@@ -126,7 +128,7 @@ def plan_ops(options: argparse.Namespace) -> list[Job]:
         for dtype in DTYPES:
             measure = partial(bench_batch_norm, channels, size, batch, dtype, rounds)
             jobs.append(
-                Job("ops", 1, f"batch_norm_act {channels} at {size} {dtype}", lambda m=measure: [m()])
+                Job("ops", 2, f"batch_norm_act {channels} at {size} {dtype}", lambda m=measure: [m()])
             )  # type: ignore[misc]
     return jobs
 
@@ -161,61 +163,75 @@ def _layer_job(rank: int, layer: Layer, forms: list[Form], options: argparse.Nam
 
 
 def plan_steps(options: argparse.Namespace) -> list[Job]:
-    """Whole iterations: the goals' cells, then densities, then batches; memory where there is a budget."""
+    """Whole iterations: the goals' cells; then densities and batches, coarsely first; then the rest."""
     batch = options.batch
     search, tune = (Cell(stage, "framed", batch) for stage in ("search", "tune"))
     released = [Cell(stage, "released", batch) for stage in ("search", "tune")]
     whos = [ENGINES[engine] for engine in options.opponents]
+    rivals, rounds = opponents(whos, DTYPES, GOAL_DENSITY), max(2, options.rounds // 2)
     if options.quick:
         blocks = headline_arms([GOAL_DENSITY], STEP_FORMS[2:])
         plain = headline_arms(options.densities, STEP_FORMS[:1])
         goal = [arm for arm in plain if arm.density == GOAL_DENSITY]
-        rivals = opponents(whos, DTYPES, GOAL_DENSITY)
         pair = [arm for arm in rivals if arm.name in TWO_UPDATES]
         halves = [arm for arm in rivals if arm.dtype == "bfloat16"]
         return [
-            _step_job(0, released[0], [*pair, *goal, *blocks], options),
-            _step_job(0, tune, [*rivals, *plain, *blocks], options),
-            _step_job(0, search, [*halves, *blocks], options),
+            _step_job(0, released[0], [*pair, *goal, *blocks], options, rounds),
+            _step_job(0, tune, [*rivals, *plain, *blocks], options, rounds),
+            _step_job(0, search, [*halves, *blocks], options, rounds),
         ]
-    rivals, ours = opponents(whos, DTYPES, GOAL_DENSITY), headline_arms([GOAL_DENSITY], STEP_FORMS)
-    swept = headline_arms(options.densities, STEP_FORMS)
+    ours = headline_arms([GOAL_DENSITY], STEP_FORMS)
+    goals = [
+        density for density in GOAL_DENSITIES if density in options.densities and density != GOAL_DENSITY
+    ]
+    graded = [*ours, *headline_arms(goals, STEP_FORMS[:1])]
     extras = [*extra_arms(ours[0]), *extra_arms(ours[2])]
     # Scores of blocks start by rank within the layer: the method's start is the uniform one.
     extras = [arm for arm in extras if arm.start == "uniform" or arm.pattern == "unstructured"]
     jobs = [
-        _step_job(0, released[0], [*rivals, *ours, *extras], options),
-        _step_job(0, tune, [*rivals, *swept], options),
-        _step_job(1, search, [*rivals, *swept, *extras], options),
-        _step_job(2, released[1], [*rivals, *ours], options),
+        _step_job(0, released[0], [*rivals, *ours], options, rounds),
+        _step_job(0, tune, [*rivals, *graded], options, rounds),
+        _step_job(1, search, [*rivals, *ours, *extras], options, rounds),
+        *_sweeps(search, ours, options),
+        *_sweeps(tune, graded, options),
+        _step_job(2, released[1], [*rivals, *ours], options, rounds),
     ]
-    for size in options.batches:
-        if size != batch:
-            cells = (replace(cell, batch=size) for cell in (search, tune))
-            jobs += [_step_job(3, cell, [*rivals, *ours], options) for cell in cells]
     if options.budget is not None:
         arms = [*opponents(["torch"], DTYPES, GOAL_DENSITY), *ours]
         jobs += [
-            Job(
-                "memory",
-                1,
-                f"memory of {cell.name}",
-                lambda cell=cell: bench_memory(cell, arms, options.sizes),
-            )  # type: ignore[misc]
+            Job("memory", 2, f"memory of {cell.name}", partial(bench_memory, cell, arms, options.sizes))
             for cell in (released[0], tune)
         ]
     return jobs
 
 
-def _step_job(rank: int, cell: Cell, arms: list[Arm], options: argparse.Namespace) -> Job:
-    rounds = max(2, options.rounds // 2)
-    return Job("steps", rank, cell.name, partial(bench_iterations, cell, arms, options.sizes, rounds))
+def _sweeps(cell: Cell, measured: list[Arm], options: argparse.Namespace) -> list[Job]:
+    """Other densities and the ends of the batches in two forms; later the third form, and batches between."""
+    coarse = [STEP_FORMS[0], STEP_FORMS[2]]
+    jobs = []
+    for rank, forms in ((1, coarse), (3, STEP_FORMS[1:2])):
+        arms = [arm for arm in headline_arms(options.densities, forms) if arm not in measured]
+        if arms:
+            jobs.append(_step_job(rank, cell, arms, options, SWEEP_ROUNDS, "densities of "))
+    others = sorted(size for size in options.batches if size != options.batch)
+    for size in others:
+        rank = 1 if size in (others[0], others[-1]) else 3
+        arms = headline_arms([GOAL_DENSITY], coarse)
+        jobs.append(_step_job(rank, replace(cell, batch=size), arms, options, SWEEP_ROUNDS))
+    return jobs
+
+
+def _step_job(
+    rank: int, cell: Cell, arms: list[Arm], options: argparse.Namespace, rounds: int, what: str = ""
+) -> Job:
+    measure = partial(bench_iterations, cell, arms, options.sizes, rounds)
+    return Job("steps", rank, f"{what}{cell.name}", measure)
 
 
 def plan_runs(options: argparse.Namespace) -> list[Job]:
     """Complete runs of the embedded task; a quick report trains a tenth of the epochs."""
     if options.quick:
-        measure = partial(bench_runs, 1, QUICK_RUN, (FORMS[0], FORMS[1], REFERENCE))
+        measure = partial(bench_runs, 1, QUICK_RUN, (FORMS[1], REFERENCE))
     else:
         measure = partial(bench_runs, 3, ())
     return [Job("runs", 1, "runs, letters to digits", measure)]

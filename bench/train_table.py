@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import geometric_mean
 from typing import Any
@@ -15,6 +16,8 @@ def table(report: dict[str, Any]) -> str:
     """All parts that were measured, then the goals."""
     found = [
         _iterations(report.get("steps", [])),
+        _along(report.get("steps", []), "density", "batch"),
+        _along(report.get("steps", []), "batch", "density"),
         _memory(report.get("memory", [])),
         _layers(report.get("layers", [])),
         _ops(report.get("ops", [])),
@@ -60,6 +63,24 @@ def _prompt_overhead(rows: Sequence[Row]) -> list[str]:
             where = f"{cell[0]} {cell[1]}, batch {cell[2]}"
             lines.append(f"prompt and mask over mask alone, {where}, {arm}: {ratio:.2f}x")
     return ["", *lines] if lines else []
+
+
+def _along(rows: Sequence[Row], axis: str, held: str) -> list[str]:
+    """How our iterations scale along an axis, where the other one has its most frequent value."""
+    mine = [r for r in rows if r["who"] == "ours" and r["iteration"] and r["variant"] == "framed"]
+    mine = [r for r in mine if (r["start"], r["prompt_in"]) == ("uniform", "both")]
+    counts = Counter(row[held] for row in mine)
+    at = max(counts, key=lambda value: counts[value], default=None)
+    mine = [row for row in mine if row[held] == at]
+    values = sorted({row[axis] for row in mine})
+    if len(values) < 2:
+        return []
+    lines = [_head(f"ms per image, {held} {at:g}", *(f"{axis} {value:g}" for value in values))]
+    for form in sorted({(r["stage"], r["pattern"], r["dtype"]) for r in mine}):
+        of_form = [row for row in mine if (row["stage"], row["pattern"], row["dtype"]) == form]
+        found = {row[axis]: f"{row['ms_per_image']:.1f}" for row in of_form}
+        lines.append(_line(" ".join(form), *(found.get(value, "-") for value in values)))
+    return lines
 
 
 def _memory(rows: Sequence[Row]) -> list[str]:
