@@ -1,10 +1,10 @@
 """How does a stage's network run faster? The same tensors behind other layers, chosen before it begins.
 
 The network that a stage trains stays as it is: what is saved, loaded and frozen is its tensors. Beside it
-stands its traced graph over the very same layers, where the first convolution composes the prompt and batch
-norms take in what follows them, and every layer is told which backend computes each of its passes. What was
-chosen is written down before the first update and read when a run goes on: another kernel rounds otherwise,
-and masks would drift apart.
+stands its traced graph over the very same layers, where the first convolution composes the prompt, batch
+norms take in what follows them, convolutions leave out masked channels, and every layer is told which backend
+computes each of its passes. What was chosen is written down before the first update and read when a run goes
+on: another kernel rounds otherwise, and masks would drift apart.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vpns_kernels.choose import query_of, this_machine
 from vpns_kernels.choose_training import choose_training
 from vpns_kernels.cost import LayerQuery
 from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.kept_inputs import read_kept_inputs
 from vpns_kernels.modules import ChannelMask, MaskedConv2d, MaskedLinear
 from vpns_kernels.patterns import Block
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
@@ -56,11 +57,12 @@ def fuse_predictor(predictor: Predictor) -> tuple[Predictor, dict[str, Any]]:
     twin = trace(predictor.network)
     if twin is None:
         why_not = "torch.fx cannot trace the network"
-        return predictor, {"prompted_stem": why_not, "batch_norms": why_not}
+        return predictor, dict.fromkeys(("prompted_stem", "batch_norms", "kept_inputs"), why_not)
     norms = fuse_batch_norms(twin)
     why_not = fuse_stem(twin, predictor.prompt)
+    kept = read_kept_inputs(twin)
     fused = FusedPredictor(predictor, twin, is_composing=not why_not)
-    return fused, {"prompted_stem": why_not or "fused", "batch_norms": norms}
+    return fused, {"prompted_stem": why_not or "fused", "batch_norms": norms, "kept_inputs": kept}
 
 
 def choose_backends(predictor: Predictor, images: Tensor) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def test_logits_gradients_and_statistics_are_those_of_the_plain_predictor(
     plain = make_predictor(tiny_task, prompt, spec, stage)
     fused, done = fuse_predictor(copy.deepcopy(plain))
     assert isinstance(fused, FusedPredictor)
-    assert done == {"prompted_stem": "fused", "batch_norms": ["bn1", "bn2"]}
+    kept = ["conv2"] if (spec, stage) == ("channel", "search") else []
+    assert done == {"prompted_stem": "fused", "batch_norms": ["bn1", "bn2"], "kept_inputs": kept}
     images = torch.rand(4, 3, plain.prompt.image_size, plain.prompt.image_size, dtype=torch.float64)
     for prompted in (True, False):
         expected, found = learn(plain, images, prompted), learn(fused, images, prompted)
@@ -172,7 +173,7 @@ def test_a_run_leaves_what_was_fused_and_chosen_in_its_folder(tiny_task: ModuleT
     execute(tmp_path, tiny_task.make_config(), "tune")
     for stage in STAGES:
         choice = read_json(tmp_path / stage / "choice.json")
-        assert choice["fused"] == {"prompted_stem": "fused", "batch_norms": ["bn1", "bn2"]}
+        assert choice["fused"] == {"prompted_stem": "fused", "batch_norms": ["bn1", "bn2"], "kept_inputs": []}
         assert list(choice["layers"]) == ["conv1", "conv2", "fc"]
 
 
