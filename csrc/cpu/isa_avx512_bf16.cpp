@@ -24,10 +24,10 @@ namespace {
 #include "cpu/sparse_conv2d_channels.inl"
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"
-#include "cpu/prompt_conv2d.inl"
-#include "cpu/prompt_conv2d_gradients.inl"
 #include "cpu/weight_gradient.inl"
 #include "cpu/weight_gradient_vectors.inl"
+#include "cpu/prompt_conv2d.inl"
+#include "cpu/prompt_conv2d_gradients.inl"
 }  // namespace
 
 void run_block_avx512_bf16(const BlockPlan& plan, const ConvCall& call) { run_block<Bf16>(plan, call); }

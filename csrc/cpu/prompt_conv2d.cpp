@@ -8,6 +8,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/planes.h"
+#include "cpu/prompt_conv2d_taps.h"
 
 namespace vpns {
 namespace {
@@ -84,48 +85,6 @@ OutputArea that_do_not_see_the_frame(const ConvShape& s, int64_t frame) {
   return {p0, p1, q0, q1};
 }
 
-int64_t y_bytes(DType dtype) { return dtype == DType::kBF16 ? 2 : 4; }
-
-// The weight [K, 3, R, S] as blocks of `rows` filters by three colours: taps that a mask emptied are left out.
-struct TapBlocks {
-  std::vector<char> values;
-  std::vector<int32_t> indptr{0}, index;
-  int64_t rows;
-  DType dtype;
-
-  SparseWeights view() const {
-    const int64_t count = static_cast<int64_t>(index.size());
-    return {Format::kBlock, dtype, values.data(), indptr.data(), index.data(), count, rows, 3};
-  }
-};
-
-TapBlocks tap_blocks(const ConvShape& s, const void* weight, DType dtype, int64_t rows) {
-  TapBlocks blocks;
-  blocks.rows = rows;
-  blocks.dtype = dtype;
-  const int64_t bytes = y_bytes(dtype), taps = s.R * s.S;
-  const char* const from = static_cast<const char*>(weight);
-  std::vector<char> block(rows * 3 * bytes);
-  // A masked negative weight is a negative zero: only the sign, which is in an element's last byte, may be set.
-  const auto is_empty = [&block, bytes] {
-    for (size_t i = 0; i < block.size(); ++i)
-      if ((block[i] & ((i + 1) % bytes == 0 ? 0x7f : 0xff)) != 0) return false;
-    return true;
-  };
-  for (int64_t k = 0; k < s.K; k += rows) {
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      std::fill(block.begin(), block.end(), 0);
-      for (int64_t i = 0; i < std::min(rows, s.K - k) * 3; ++i)
-        std::copy_n(from + ((k * 3 + i) * taps + tap) * bytes, bytes, block.data() + i * bytes);
-      if (is_empty()) continue;
-      blocks.index.push_back(static_cast<int32_t>(tap));
-      blocks.values.insert(blocks.values.end(), block.begin(), block.end());
-    }
-    blocks.indptr.push_back(static_cast<int32_t>(blocks.index.size()));
-  }
-  return blocks;
-}
-
 // An area of the outputs of `images` images, from that image on, as a convolution of its own.
 void run_area(const PromptForward& f, const Kernel& kernel, const OutputArea& area, int64_t first, int64_t images) {
   ConvShape s = f.shape;
@@ -162,34 +121,6 @@ void copy_around(const PromptForward& f, const OutputArea& area) {
       copy(0, passes ? area.q0 : s.Q);
       if (passes) copy(area.q1, s.Q);
     }
-}
-
-TapsOfAxis taps_of_axis(int64_t extent, int64_t outputs, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
-  TapsOfAxis axis;
-  for (int64_t at = 0; at < extent; ++at) {
-    axis.first.push_back(static_cast<int64_t>(axis.taps.size()));
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t from = at + pad - tap * dilation;
-      if (from >= 0 && from % stride == 0 && from / stride < outputs)
-        axis.taps.push_back({static_cast<int32_t>(tap), static_cast<int32_t>(from / stride)});
-    }
-  }
-  axis.first.push_back(static_cast<int64_t>(axis.taps.size()));
-  const auto same_taps = [&axis](int64_t at, int64_t other, int32_t further) {
-    const auto begin = axis.taps.begin() + axis.first[at], end = axis.taps.begin() + axis.first[at + 1];
-    return std::equal(begin, end, axis.taps.begin() + axis.first[other], axis.taps.begin() + axis.first[other + 1],
-                      [further](const TapsOfAxis::Tap& a, const TapsOfAxis::Tap& b) {
-                        return a.tap == b.tap && a.output + further == b.output;
-                      });
-  };
-  for (int64_t at = 0; at < extent; ++at) {
-    int64_t alike = 1;
-    while (alike < kPixelsAlike && at + alike * stride < extent &&
-           same_taps(at, at + alike * stride, static_cast<int32_t>(alike)))
-      ++alike;
-    axis.alike.push_back(alike);
-  }
-  return axis;
 }
 
 void run_frame_gradient(const PromptBackward& b, const Kernel& kernel, const float* total) {

@@ -1,4 +1,4 @@
-// The steps of prompt_conv2d's gradients, for one vector length; after prompt_conv2d.inl.
+// The steps of prompt_conv2d's gradients, for one vector length; after prompt_conv2d.inl and weight_gradient_vectors.inl.
 
 using HalfVec = uint16_t __attribute__((vector_size(kLanes * 2)));
 using WordVec = uint32_t __attribute__((vector_size(kLanes * 4)));
@@ -148,46 +148,6 @@ void frame_gradient(const FrameGradient& step) {
   }
 }
 
-// sums[cell][k] += Σ over output pixels of x[pixel][cell] · grad[pixel][k]; a word is a pixel, in bf16 a pair of them.
-struct OuterProducts {
-  const uint32_t* x;     // planes, at the first cell
-  const int64_t* pixel;  // words from there, by word of the gradient
-  const float* grad;     // [pixels][kVectors * kLanes] words
-  int64_t pixels;
-  float* sums;  // [cells][kVectors * kLanes]
-};
-
-template <typename Cell, int kVectors, int kCells>
-void add_outer(const OuterProducts& tile) {
-  Vec sum[kCells][kVectors];
-#pragma GCC unroll 16
-  for (int c = 0; c < kCells; ++c)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) sum[c][v] = load(tile.sums + (c * kVectors + v) * kLanes);
-  const float* grad = tile.grad;
-  for (int64_t m = 0; m < tile.pixels; ++m, grad += kVectors * kLanes) {
-    const uint32_t* x = tile.x + tile.pixel[m];
-    Vec g[kVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) g[v] = load(grad + v * kLanes);
-#pragma GCC unroll 16
-    for (int c = 0; c < kCells; ++c)
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[c][v] = multiply_add(Cell{}, x[c], g[v], sum[c][v]);
-  }
-#pragma GCC unroll 16
-  for (int c = 0; c < kCells; ++c)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) store(tile.sums + (c * kVectors + v) * kLanes, sum[c][v]);
-}
-
-template <typename Cell, int kVectors, int... kCells>
-constexpr auto outer_products_table(std::integer_sequence<int, kCells...>) {
-  return std::array{add_outer<Cell, kVectors, kCells + 1>...};
-}
-template <typename Cell, int kVectors>
-constexpr auto kAddOuter = outer_products_table<Cell, kVectors>(std::make_integer_sequence<int, kBlockPixels>{});
-
 // Rows of the planes as words: a cell, in bf16 together with the same cell of the next output pixel.
 template <typename Cell>
 void lay_out_words(const WeightGradient& step, const CanvasRows<Cell>& canvases, const GradientTile& tile,
@@ -236,13 +196,14 @@ void add_tile(const WeightGradient& step, const X* grad, const OutputArea& area,
   const bool is_run = step.w.distance == 1;
   const int64_t runs = is_run ? 1 : s.S, cells = is_run ? 3 * s.S : 3;
   const int64_t shares = (cells + kBlockPixels - 1) / kBlockPixels;
+  const float* const first_word = reinterpret_cast<const float*>(x);
   for (int64_t r = 0; r < s.R; ++r)
     for (int64_t run = 0; run < runs; ++run)
       for (int64_t share = 0; share < shares; ++share) {
         const int64_t first = cells * share / shares, count = cells * (share + 1) / shares - first;
         const int64_t at = (r * step.h.distance * cols + run * step.w.distance) * 3 + first;
         float* const to = sums + ((r * s.S + run) * 3 + first) * kVectors * kLanes;
-        kAddOuter<Cell, kVectors>[count - 1]({x + at, base, laid_out, words, to});
+        kOuter<Cell, kVectors>[count - 1]({first_word + at, base, laid_out, words, to, kVectors * kLanes, true});
       }
 }
 

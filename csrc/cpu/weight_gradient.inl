@@ -10,6 +10,7 @@ struct GradTile {
   int64_t rows;          // of grad: output pixels, or lines of them
   float* sums;           // of the span
   int64_t pitch;         // from one row of sums to the next
+  bool adds = false;     // to the sums, of vectors
 };
 
 // The images and output pixels of a tile.

@@ -1,10 +1,16 @@
 // Products of weight_gradient.inl for one vector length; included after it and sparse_conv2d_block.inl.
 
-// sums[c][k] = Σ over the tile's pixels of x[pixel][c] · grad[pixel][k], kWords × kVectors vectors in registers. Rows of
+// sums[c][k] = (or +=) Σ over the tile's pixels of x[pixel][c] · grad[pixel][k], kWords × kVectors vectors in registers. Rows of
 // grad and of sums are equally long.
 template <typename Cell, int kWords, int kVectors>
 void add_outer_products(const GradTile& tile) {
   Vec sum[kWords][kVectors] = {};
+  if (tile.adds) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kWords; ++c)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[c][v] = load(tile.sums + c * tile.pitch + v * kLanes);
+  }
   const float* grad = tile.grad;
   for (int64_t m = 0; m < tile.rows; ++m, grad += tile.pitch) {
     const float* x = tile.x + tile.base[m];
