@@ -38,6 +38,7 @@ def render() -> str:
     """All tables, a paragraph for each results file."""
     parts = [render_layers(path) for path in sorted(RESULTS.glob("ops-*.json"))]
     parts += [render_networks(path) for path in sorted(RESULTS.glob("demo-*.json"))]
+    parts += [render_whole(path) for path in sorted(RESULTS.glob("networks-*.json"))]
     parts += [render_training(path) for path in sorted(RESULTS.glob("train-*.json"))]
     return "\n\n".join(parts)
 
@@ -93,6 +94,39 @@ def render_networks(path: Path) -> str:
             f"({network['speedup_low']:.1f} to {network['speedup_high']:.1f}) |"
         )
     return "\n".join(lines)
+
+
+def render_whole(path: Path) -> str:
+    """What `vpns bench` wrote: one row per network, image size, batch and pattern, one column per density."""
+    report = json.loads(path.read_text())
+    cells = report["cells"]
+    densities = sorted({cell["density"] for cell in cells}, reverse=True)
+    lines = [
+        "Whole networks with random masks, deployed, against the fastest dense engine (torch, torch.compile, "
+        f"ONNX Runtime, OpenVINO), by `vpns bench` ({_where(report['machine'])}; {_link(path)}, "
+        f"[plot](bench/results/{path.with_suffix('.svg').name})):",
+        "",
+        "| network | best dense | " + " | ".join(f"density {density:g}" for density in densities) + " |",
+        "|---|---|" + "---|" * len(densities),
+    ]
+    forms = dict.fromkeys((c["model"], c["size"], c["batch"], c["pattern"]) for c in cells)
+    for form in forms:
+        mine = [c for c in cells if (c["model"], c["size"], c["batch"], c["pattern"]) == form]
+        by_density = {cell["density"]: cell for cell in mine}
+        columns = [_speedup(by_density.get(density)) for density in densities]
+        model, size, batch, pattern = form
+        lines.append(
+            f"| {model}, {size} px, batch {batch}, {pattern} | {mine[0]['dense_ms']:.1f} ms "
+            f"({mine[0]['best_dense']}) | " + " | ".join(columns) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _speedup(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    interval = f"{cell['speedup_low']:.1f} to {cell['speedup_high']:.1f}"
+    return f"{cell['speedup']:.1f}x ({interval}), {cell['sparse_ms']:.1f} ms"
 
 
 def render_training(path: Path) -> str:

@@ -48,7 +48,7 @@ KERNEL_ROOMS = [
 TRAINER_ROOMS = [
     ("vpns.cli", "vpns.__main__", "vpns.option_help"),
     ("vpns.run",),
-    ("vpns.stages", "vpns.report", "vpns.deploy", "vpns.doctor", "vpns.exchange"),
+    ("vpns.stages", "vpns.report", "vpns.deploy", "vpns.doctor", "vpns.bench", "vpns.exchange"),
     (
         "vpns.step",
         "vpns.group",
@@ -63,13 +63,14 @@ TRAINER_ROOMS = [
     ),
     ("vpns.methods", "vpns.prompt", "vpns.masking", "vpns.label_map", "vpns.data", "vpns.models"),
     ("vpns.files",),
-    ("vpns.config",),
+    ("vpns.config", "vpns.bench_options"),
 ]
 # Known exceptions, each with its reason.
 ALLOWED = {
     # A report is written from a finished run folder, opened as a run opens it.
     ("vpns.report", "vpns.run"),
     ("vpns.deploy", "vpns.run"),
+    ("vpns.bench", "vpns.run"),
     ("vpns.exchange", "vpns.run"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from vpns.bench_options import find_bench, parse_bench
 from vpns.config import RunConfig, flatten
 from vpns.option_help import describe_options
 
@@ -27,7 +29,7 @@ COMMANDS = {
     "tune": "train what the mask keeps",
     "eval": "test, once",
     "export": "write the artifact",
-    "bench": "time sparse against dense",
+    "bench": "time sparse against dense (of any network: vpns bench --model NAME --help)",
     "report": "write report.md and report.json",
 }
 # What a user can meet: settings, files and data that are not as expected. Anything else is a defect of ours
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if list(arguments[:1]) == ["doctor"]:
             return _examine(arguments)
+        if (options := find_bench(arguments)) is not None:
+            return _bench(options)
         asked = parse(arguments)
     except (ArgumentError, *_USER_ERRORS) as error:
         return _complain(error)
@@ -167,6 +171,28 @@ def _examine(arguments: Sequence[str]) -> int:
     findings = examine()
     print(json.dumps(to_plain(findings), indent=1) if chosen.doctor.json else to_text(findings))
     return 0 if is_healthy(findings) else EXIT_ERROR
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    """Time a network that is not a run's; print what was found, and write it where that was asked for."""
+    options = parse_bench(arguments)
+    from vpns.bench import bench_model, draw_report, to_text
+    from vpns.files import make_folder, write_json
+
+    try:
+        report = bench_model(options)
+        if options.json is not None:
+            make_folder(options.json.parent)
+            write_json(options.json, report)
+            draw_report(report, options.json.with_suffix(".svg"))
+    except _USER_ERRORS:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        raise
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    print(to_text(report))
+    return 0
 
 
 def _find_folder(chosen: Namespace) -> Path:

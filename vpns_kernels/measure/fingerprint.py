@@ -15,6 +15,7 @@ import torch
 from vpns_kernels import native
 
 _PACKAGES = ("torch", "numpy", "vpns")
+_ENGINES = ("onnxruntime", "openvino", "deepsparse")
 
 
 def fingerprint() -> dict[str, Any]:
@@ -25,7 +26,8 @@ def fingerprint() -> dict[str, Any]:
         "isa": native.library().isa_list() if native.why_not() is None else [],
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES}
+        | {name: found for name in _ENGINES if (found := _version(name)) is not None},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         **source_state(Path(__file__)),
     }

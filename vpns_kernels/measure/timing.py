@@ -62,6 +62,7 @@ def interleave(
     rounds: int,
     warmup: int = 2,
     clock: Callable[[], float] = time.perf_counter,
+    rest_s: float = 0.0,
 ) -> dict[str, Sample]:
     """Time callables in turn, A B A B, so that what disturbs the machine disturbs all of them alike.
 
@@ -69,6 +70,8 @@ def interleave(
         rounds: how often each is timed.
         warmup: untimed rounds before.
         clock: seconds, monotonic.
+        rest_s: seconds of rest before each call, untimed: threads of another engine may wait in a loop for
+            a while after their work, and would take the cores.
     """
     if rounds < 1 or not callables:
         raise ValueError(
@@ -77,6 +80,8 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in callables}
     for number in range(warmup + rounds):
         for name, function in callables.items():
+            if rest_s:
+                time.sleep(rest_s)
             started = clock()
             function()
             if number >= warmup:

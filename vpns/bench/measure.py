@@ -1,0 +1,117 @@
+"""How is a network's speed measured? Every pattern, density, batch and size, under the measurement lock."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpns.bench.subject import BenchSubject, load_subject
+from vpns.bench_options import BenchOptions
+from vpns_kernels.measure import fingerprint, measurement_lock
+from vpns_kernels.measure.network_targets import network_targets
+from vpns_kernels.measure.random_network import prune_randomly, scale_weights
+from vpns_kernels.measure.whole_network import Settings, bench_whole, find_rivals
+from vpns_kernels.patterns import Pattern, parse_pattern
+
+SCHEMA_VERSION = 1
+_PATTERN, _DENSITY, _SIZE = "block", 0.1, 224
+
+
+def bench_model(options: BenchOptions) -> dict[str, Any]:
+    """The report, of plain values: the figures of the first cell, all `cells`, `targets`, and the machine.
+
+    Raises:
+        ValueError: options that the network cannot have.
+        RuntimeError: a dense engine that was asked for and is not there.
+    """
+    subjects = [load_subject(name) for name in options.models]
+    kinds = [_kinds(subject, options) for subject in subjects]
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads or before)
+    try:
+        with measurement_lock():
+            cells = [
+                cell
+                for subject, mine in zip(subjects, kinds, strict=True)
+                for cell in _cells(subject, mine, options)
+            ]
+            machine = fingerprint()
+    finally:
+        torch.set_num_threads(before)
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "machine": machine,
+        "settings": settings | {"json": None if options.json is None else str(options.json)},
+        **{key: value for key, value in cells[0].items() if key != "layers"},
+        "cells": cells,
+        "targets": network_targets(cells),
+    }
+
+
+def _kinds(subject: BenchSubject, options: BenchOptions) -> list[tuple[Pattern | None, float]]:
+    """Patterns and densities; of a network that is pruned already its own."""
+    if subject.is_pruned:
+        if options.patterns or options.densities:
+            raise ValueError(
+                f"bench: expected no --pattern and --density for {subject.name!r}, which is pruned already, "
+                f"got {', '.join([*options.patterns, *map(str, options.densities)])}"
+            )
+        pattern = None if subject.pattern is None else parse_pattern(subject.pattern)
+        return [(pattern, _kept_frac(subject.network) if subject.density is None else subject.density)]
+    patterns = [parse_pattern(spec) for spec in options.patterns or (_PATTERN,)]
+    densities = options.densities or (_DENSITY,)
+    return [(pattern, pattern.check_density(density)) for pattern in patterns for density in densities]
+
+
+def _cells(
+    subject: BenchSubject, kinds: list[tuple[Pattern | None, float]], options: BenchOptions
+) -> Iterator[dict[str, Any]]:
+    dense = subject.network if subject.is_pruned else scale_weights(subject.network)
+    settings = Settings(options.rounds, options.layer_rounds, dtype=options.dtype)
+    for size in options.sizes or (subject.size or _SIZE,):
+        for batch in options.batches:
+            x = _images(batch, size)
+            _say(f"{subject.name}: {size} px, batch {batch}: getting the dense engines ready")
+            rivals = find_rivals(dense, x, options.opponents)
+            for pattern, density in kinds:
+                spec = "as found" if pattern is None else pattern.spec
+                _say(f"{subject.name}: {size} px, batch {batch}: {spec} at density {density:g}")
+                pruned = _pruned(subject, dense, pattern, density, x, options.seeds)
+                cell = bench_whole(rivals, pruned, pattern, x, settings)
+                yield {
+                    "model": subject.name,
+                    "pattern": spec,
+                    "family": "" if pattern is None else pattern.name,
+                    "density": density,
+                    "batch": batch,
+                    "size": size,
+                } | cell
+
+
+def _pruned(
+    subject: BenchSubject, dense: nn.Module, pattern: Pattern | None, density: float, x: Tensor, seeds: int
+) -> Iterator[nn.Module]:
+    if subject.is_pruned or pattern is None:
+        yield dense
+        return
+    for seed in range(seeds):
+        yield prune_randomly(dense, pattern, density, seed, x)
+
+
+def _images(batch: int, size: int) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def _kept_frac(network: nn.Module) -> float:
+    layers = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return sum(int((weight != 0).sum()) for weight in layers) / sum(weight.numel() for weight in layers)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,92 @@
+"""Which network is to be measured? Built by name, or opened from what a run or an export has left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from vpns.config import ModelConfig
+from vpns.models import MODELS, build_model, find_head, replace_head
+from vpns.models.published import build_published
+from vpns.run import open_finished
+from vpns.stages.pruned import load_pruned
+from vpns_kernels.engine import read_artifact
+from vpns_kernels.measure.random_network import is_pruned
+
+_CLASSES = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class BenchSubject:
+    """A network in evaluation mode.
+
+    Args:
+        name: as reports call it.
+        is_pruned: whether it has zeros of its own, and takes no random masks.
+        pattern: of its mask, where that is known.
+        density: of that pattern's units.
+        size: of the images that it was made for, where that is known.
+    """
+
+    name: str
+    network: nn.Module
+    is_pruned: bool
+    pattern: str | None = None
+    density: float | None = None
+    size: int | None = None
+
+
+def load_subject(name: str) -> BenchSubject:
+    """The network of a run's folder, of an artifact's, or of a name.
+
+    Raises:
+        ValueError: a name that nobody knows, or an artifact without weights.
+    """
+    folder = Path(name)
+    if (folder / "run.json").is_file():
+        return _from_run(folder)
+    if (folder / "manifest.json").is_file():
+        return _from_artifact(folder)
+    if name in MODELS or ":" in name:
+        network = build_model(ModelConfig(name), _CLASSES, seed=0)
+    else:
+        network = build_published(name, _CLASSES)
+    return BenchSubject(name, network.eval(), is_pruned(network))
+
+
+def _from_run(folder: Path) -> BenchSubject:
+    context = open_finished(folder)
+    if "tune" not in context.finished:
+        raise ValueError(f"bench: expected a run that has tuned, got {folder} (vpns tune {folder})")
+    config = context.config
+    network = load_pruned(context).network.cpu()
+    size = config.prompt.canvas
+    return BenchSubject(config.model.name, network, True, config.pattern, config.density, size)
+
+
+def _from_artifact(folder: Path) -> BenchSubject:
+    artifact = read_artifact(folder)
+    manifest, weights = artifact.manifest, artifact.weights
+    if weights is None or not isinstance(manifest.get("model"), dict):
+        raise ValueError(
+            f"bench: expected an artifact with its model and weights, got {folder} "
+            "(dense engines have nothing to run; name the model, or a run's own export)"
+        )
+    model = ModelConfig(**{**manifest["model"], "weights": None})
+    network = _fit_head(build_model(model, model.source_classes, seed=0), weights)
+    network.load_state_dict(dict(weights))
+    canvas = (manifest.get("prompt") or {}).get("canvas")
+    return BenchSubject(
+        model.name, network.eval(), True, manifest.get("pattern"), manifest.get("density"), canvas
+    )
+
+
+def _fit_head(network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """With as many classes as the weights have: a run may have put a head of its own."""
+    name, head = find_head(network)
+    found = weights.get(f"{name}.weight".removeprefix("."))
+    return (
+        network if found is None or len(found) == len(head.weight) else replace_head(network, len(found), 0)
+    )

@@ -1,0 +1,98 @@
+"""How long does each layer take densely, and what is it? Each alone, on what a forward pass gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.measure.opponents import find_opponents
+from vpns_kernels.measure.timing import interleave
+from vpns_kernels.patterns import Pattern
+
+_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    layer: nn.Conv2d | nn.Linear
+    x: Tensor
+
+
+@torch.no_grad()
+def time_dense_layers(
+    network: nn.Module, x: Tensor, rounds: int, pattern: Pattern | None = None, rest_s: float = 0.0
+) -> list[dict[str, Any]]:
+    """A row for each convolution and linear layer, in order of execution.
+
+    Args:
+        network: in evaluation mode, zeros where it is pruned.
+        pattern: whose units are counted, where given.
+
+    Returns:
+        Plain values: layer, shape, weight_density, density (of the pattern's units), flops, best_dense,
+        dense_ms.
+    """
+    return [_time(call, rounds, pattern, rest_s) for call in _record(network, x)]
+
+
+def _record(network: nn.Module, x: Tensor) -> list[_Call]:
+    found: list[_Call] = []
+    hooks = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+
+            def note(layer: Any, args: tuple[Tensor, ...], name: str = name) -> None:
+                found.append(_Call(name, layer, args[0]))
+
+            hooks.append(module.register_forward_pre_hook(note))
+    try:
+        network(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _time(call: _Call, rounds: int, pattern: Pattern | None, rest_s: float) -> dict[str, Any]:
+    calls: dict[str, Callable[[], Tensor]] = {
+        name: opponent.call
+        for name, opponent in find_opponents(call.layer, call.x, [f"torch {d}" for d in _DTYPES]).items()
+        if opponent.call is not None
+    }
+    samples = interleave(calls, rounds, rest_s=rest_s)
+    best = min(samples, key=lambda name: samples[name].median_ms)
+    geometry = ConvGeometry.from_module(call.layer)
+    is_linear = isinstance(call.layer, nn.Linear)
+    height, width = (1, 1) if is_linear else tuple(call.x.shape[2:])
+    return {
+        "layer": call.name,
+        "shape": _describe(geometry, height, is_linear),
+        "density": _unit_density(call.layer, pattern),
+        "weight_density": float((call.layer.weight != 0).float().mean()),
+        "flops": geometry.flops(
+            call.x.numel() // call.x.shape[-1] if is_linear else len(call.x), height, width
+        ),
+        "best_dense": best,
+        "dense_ms": samples[best].median_ms,
+    }
+
+
+def _describe(geometry: ConvGeometry, size: int, is_linear: bool) -> str:
+    if is_linear:
+        return f"{geometry.in_channels}→{geometry.out_channels} linear"
+    R, S = geometry.kernel_size
+    grouped = "" if geometry.groups == 1 else f" in {geometry.groups} groups"
+    return f"{geometry.in_channels}→{geometry.out_channels} {R}x{S} @{size} /{geometry.stride[0]}{grouped}"
+
+
+def _unit_density(layer: nn.Conv2d | nn.Linear, pattern: Pattern | None) -> float:
+    kept = (layer.weight != 0).float()
+    if pattern is not None:
+        kept = (pattern.reduce_sum(kept) > 0).float()
+    return float(kept.mean())

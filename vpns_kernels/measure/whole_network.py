@@ -1,0 +1,209 @@
+"""Is a pruned network, as it is deployed, faster than the fastest dense engine? Whole, and by layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpns_kernels.measure.dense_layers import time_dense_layers
+from vpns_kernels.measure.deployed import Deployed
+from vpns_kernels.measure.opponents import OPPONENTS, find_opponents
+from vpns_kernels.measure.subject import Call
+from vpns_kernels.measure.timing import Ratio, Sample, compare, interleave
+from vpns_kernels.patterns import Pattern
+
+# Engines without which nobody may speak of the best: the compiler's and OpenVINO's bfloat16.
+NEEDED_FOR_BEST = ("torch.compile bfloat16", "openvino bfloat16")
+# Other networks than the one that was trained: shown, yet not what is to be beaten.
+FURTHER = ("openvino int8", "deepsparse float32")
+# An engine this many times slower than the fastest of its type is timed in the first rounds alone.
+_NO_CONTENDER = 1.3
+_FIRST_ROUNDS = 3
+_TRUTH_IMAGES = 2
+# Of a step that is no layer with weights.
+_OTHER: dict[str, Any] = {"shape": "", "density": None, "best_dense": None, "dense_ms": None}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How thoroughly is measured.
+
+    Args:
+        rounds: interleaved ones of the contenders and the sparse network.
+        layer_rounds: of each layer.
+        rest_s: before each call, untimed.
+        dtype: of the sparse network: "auto", "float32" or "bfloat16".
+    """
+
+    rounds: int = 30
+    layer_rounds: int = 10
+    rest_s: float = 0.003
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """Dense engines that hold the dense network and an input, and what is missing of those asked for."""
+
+    calls: dict[str, Call]
+    why_not: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> bool:
+        """Whether the fastest of these may be called the best dense engine."""
+        return all(name in self.calls for name in NEEDED_FOR_BEST)
+
+
+def find_rivals(network: nn.Module, x: Tensor, names: Iterable[str] | None = None) -> Rivals:
+    """Dense engines made ready.
+
+    Args:
+        names: all that are installed by default, and then none but FURTHER ones may be missing.
+
+    Raises:
+        RuntimeError: an engine that cannot run here; says which others may be named.
+    """
+    asked = tuple(OPPONENTS if names is None else names)
+    found = find_opponents(network, x, asked)
+    why_not = {name: str(o.why_not) for name, o in found.items() if o.call is None}
+    needed = [name for name in why_not if names is not None or name not in FURTHER]
+    calls = {name: opponent.call for name, opponent in found.items() if opponent.call is not None}
+    if needed:
+        raise RuntimeError(
+            f"bench: expected the dense engine {needed[0]!r}, got: {why_not[needed[0]]} (the fastest of the "
+            f"others may be named with --opponents {','.join(repr(name) for name in calls) or 'NAMES'})"
+        )
+    return Rivals(calls, why_not)
+
+
+@torch.no_grad()
+def bench_whole(
+    rivals: Rivals, pruned: Iterable[nn.Module], pattern: Pattern | None, x: Tensor, settings: Settings
+) -> dict[str, Any]:
+    """Time pruned networks, deployed, in turn with the dense engines.
+
+    Args:
+        rivals: with the same x.
+        pruned: one network for each seed of its mask, in evaluation mode, zeros where pruned.
+        pattern: whose units are counted.
+        x: [N, C, H, W] float32.
+
+    Returns:
+        Plain values. sparse_ms and speedup are medians over the seeds; the interval is that of the seed in
+        the middle; max_rel_err is the largest, against float64. Layers are those of the first seed.
+
+    Raises:
+        RuntimeError: outputs that are not those of the pruned network.
+    """
+    calls: dict[str, Call] = {}
+    errors: list[float] = []
+    layers: list[dict[str, Any]] = []
+    sparse_dtype = ""
+    for number, network in enumerate(pruned):
+        deployed = Deployed(network, pattern, x, settings.dtype)
+        calls[f"sparse {number}"] = partial(deployed, x)
+        errors.append(_largest_error(network, deployed(x), x))
+        if number == 0:
+            dense_rows = time_dense_layers(network, x, settings.layer_rounds, pattern, settings.rest_s)
+            layers = _join(dense_rows, deployed.rows())
+            sparse_dtype = deployed.dtype
+    samples = _race(rivals.calls, calls, settings)
+    best = _fastest(rivals.calls, samples)
+    seeds = [_seed_row(number, name, samples, best) for number, name in enumerate(calls)]
+    middle = sorted(seeds, key=lambda row: row["speedup"])[len(seeds) // 2]
+    total = sum(row["ms"] for row in layers)
+    for row in layers:
+        row["share"] = row["ms"] / total
+    flops = sum(row["flops"] for row in layers)
+    return {
+        "sparse_ms": median(row["sparse_ms"] for row in seeds),
+        "sparse_dtype": sparse_dtype,
+        "dense": {name: samples[name].to_dict() for name in rivals.calls},
+        "why_not": rivals.why_not,
+        "best_dense": best,
+        "best_dense_counts": rivals.counts,
+        "dense_ms": samples[best].median_ms,
+        "speedup": median(row["speedup"] for row in seeds),
+        "speedup_low": middle["speedup_low"],
+        "speedup_high": middle["speedup_high"],
+        "against": _ratios(samples, [f"sparse {middle['seed']}"], rivals.calls),
+        "max_rel_err": max(errors),
+        "sparse_flops_frac": sum(r["flops"] for r in layers if r["choice"] == "sparse") / flops,
+        "flops_ratio": flops / sum(row["flops"] * row["weight_density"] for row in layers),
+        "seeds": seeds,
+        "layers": layers,
+    }
+
+
+def _race(dense: Mapping[str, Call], sparse: Mapping[str, Call], settings: Settings) -> dict[str, Sample]:
+    """Samples of all; those of contenders and sparse networks are of the same rounds."""
+    everybody = {**dense, **sparse}
+    first = interleave(everybody, min(_FIRST_ROUNDS, settings.rounds), warmup=1, rest_s=settings.rest_s)
+    contenders = {
+        name: call for name, call in dense.items() if name in FURTHER or _may_win(name, dense, first)
+    }
+    return first | interleave({**contenders, **sparse}, settings.rounds, warmup=1, rest_s=settings.rest_s)
+
+
+def _may_win(name: str, dense: Mapping[str, Call], first: Mapping[str, Sample]) -> bool:
+    """Against engines of its own type: the fastest float32 is looked for, too."""
+    dtype = name.split()[-1]
+    fastest = min(first[other].median_ms for other in dense if other.split()[-1] == dtype)
+    return first[name].median_ms <= _NO_CONTENDER * fastest
+
+
+def _fastest(dense: Mapping[str, Call], samples: Mapping[str, Sample]) -> str:
+    names = [name for name in dense if name not in FURTHER] or list(dense)
+    return min(names, key=lambda name: samples[name].median_ms)
+
+
+def _seed_row(number: int, name: str, samples: Mapping[str, Sample], best: str) -> dict[str, Any]:
+    ratio = compare(samples[best], samples[name])
+    return {
+        "seed": number,
+        "sparse_ms": samples[name].median_ms,
+        "speedup": ratio.median,
+        "speedup_low": ratio.low,
+        "speedup_high": ratio.high,
+    }
+
+
+def _ratios(
+    samples: Mapping[str, Sample], sparse: Sequence[str], dense: Iterable[str]
+) -> dict[str, dict[str, float]]:
+    """The speed-up over each dense engine that ran in all rounds."""
+    (name,) = sparse
+    full = [other for other in dense if len(samples[other].times_ms) == len(samples[name].times_ms)]
+    return {other: _plain(compare(samples[other], samples[name])) for other in full}
+
+
+def _plain(ratio: Ratio) -> dict[str, float]:
+    return {"median": ratio.median, "low": ratio.low, "high": ratio.high}
+
+
+def _join(dense: list[dict[str, Any]], ours: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in order of execution: layers, dense and deployed, then what else the deployed network does."""
+    names = [row["layer"] for row in dense]
+    others = [{"layer": name, "flops": 0, "weight_density": 1.0} for name in ours if name not in names]
+    gone = {"sparse_ms": None, "ms": 0.0, "kernel": "", "choice": "sparse", "reason": "not in the plan"}
+    return [_OTHER | row | dict(ours.get(row["layer"], gone)) for row in [*dense, *others]]
+
+
+def _largest_error(network: nn.Module, found: Tensor, x: Tensor) -> float:
+    """Against float64, as a share of the largest output; infinite where it is no rounding at all."""
+    some = x[:_TRUTH_IMAGES]
+    exact: Callable[[Tensor], Tensor] = copy.deepcopy(network).double()
+    truth = exact(some.double())
+    error = float((found[: len(some)].double() - truth).abs().max() / truth.abs().max())
+    if not error <= 0.2:
+        raise RuntimeError(
+            f"bench: expected the outputs of the pruned network, got some off by {error:.2g} of the largest"
+        )
+    return error
