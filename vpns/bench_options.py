@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 _SEEDS, _QUICK_SEEDS = 5, 1
-_ROUNDS, _LAYER_ROUNDS, _QUICK_LAYER_ROUNDS = 30, 10, 3
+_ROUNDS, _QUICK_ROUNDS, _LAYER_ROUNDS, _QUICK_LAYER_ROUNDS = 30, 10, 10, 3
 # What the fastest dense engine is looked for among in a hurry; the first two must be there to speak of it.
 _QUICK_OPPONENTS = (
     "torch.compile bfloat16", "openvino bfloat16", "torch bfloat16", "torch float32", "openvino float32",
@@ -92,10 +92,10 @@ def parse_bench(options: Sequence[str]) -> BenchOptions:
     parser.add_argument("--dtype", type=str, default="auto", help="of the sparse network")
     parser.add_argument("--opponents", type=str, help="dense engines, with commas (default: all)")
     parser.add_argument("--seeds", type=int, help=f"random masks of each kind (default: {_SEEDS})")
-    parser.add_argument("--rounds", type=int, default=_ROUNDS, help="interleaved timings")
+    parser.add_argument("--rounds", type=int, help=f"interleaved timings (default: {_ROUNDS})")
     parser.add_argument("--threads", type=int, help="of every engine (default: torch's)")
     parser.add_argument("--json", type=str, help="where the results go, with a plot beside them")
-    parser.add_argument("--quick", action="store_true", help="one mask, fewer engines: a few minutes")
+    parser.add_argument("--quick", action="store_true", help="one mask, fewer engines and rounds: minutes")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     given = parser.parse_args(list(options))
     opponents = _words(given.opponents, str, "opponents")
@@ -109,12 +109,16 @@ def parse_bench(options: Sequence[str]) -> BenchOptions:
         sizes=_words(given.size, int, "size") or (),
         dtype=given.dtype,
         opponents=opponents,
-        seeds=given.seeds or (_QUICK_SEEDS if given.quick else _SEEDS),
-        rounds=given.rounds,
+        seeds=_default(given.seeds, _QUICK_SEEDS if given.quick else _SEEDS),
+        rounds=_default(given.rounds, _QUICK_ROUNDS if given.quick else _ROUNDS),
         layer_rounds=_QUICK_LAYER_ROUNDS if given.quick else _LAYER_ROUNDS,
         threads=given.threads,
         json=None if given.json is None else Path(given.json),
     )
+
+
+def _default(given: int | None, otherwise: int) -> int:
+    return otherwise if given is None else given
 
 
 def _words(text: str | None, kind: Callable[[str], Any], name: str) -> tuple[Any, ...] | None:

@@ -143,6 +143,7 @@ def test_a_cell_tells_times_ratios_errors_and_layers(spec: str) -> None:
     assert cell["dense"]["torch float32"]["rounds"] == 6
     assert cell["sparse_dtype"] == "float32"
     assert cell["max_rel_err"] <= 1e-4
+    assert 0.1 < cell["weight_density"] < 0.7
     assert [row["seed"] for row in cell["seeds"]] == [0, 1]
     assert cell["speedup_low"] <= cell["speedup_high"]
     names = [row["layer"] for row in cell["layers"]]

@@ -29,7 +29,9 @@ def test_options_have_their_defaults_and_take_lists() -> None:
     assert found.densities == (0.2, 0.1)
     assert found.batches == (1, 16)
     assert found.opponents == ("torch float32", "openvino bfloat16")
-    assert found.seeds == 1
+    assert (found.seeds, found.rounds) == (1, 10)
+    with pytest.raises(ValueError, match="expected seeds >= 1, got 0"):
+        parse_bench(["--model=x", "--seeds=0"])
     assert "openvino bfloat16" in (parse_bench(["--model=x", "--quick"]).opponents or ())
 
 

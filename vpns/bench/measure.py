@@ -14,7 +14,7 @@ from vpns.bench.subject import BenchSubject, load_subject
 from vpns.bench_options import BenchOptions
 from vpns_kernels.measure import fingerprint, measurement_lock
 from vpns_kernels.measure.network_targets import network_targets
-from vpns_kernels.measure.random_network import prune_randomly, scale_weights
+from vpns_kernels.measure.random_network import kept_frac, prune_randomly, scale_weights
 from vpns_kernels.measure.whole_network import Settings, bench_whole, find_rivals
 from vpns_kernels.patterns import Pattern, parse_pattern
 
@@ -63,7 +63,7 @@ def _kinds(subject: BenchSubject, options: BenchOptions) -> list[tuple[Pattern |
                 f"got {', '.join([*options.patterns, *map(str, options.densities)])}"
             )
         pattern = None if subject.pattern is None else parse_pattern(subject.pattern)
-        return [(pattern, _kept_frac(subject.network) if subject.density is None else subject.density)]
+        return [(pattern, kept_frac(subject.network) if subject.density is None else subject.density)]
     patterns = [parse_pattern(spec) for spec in options.patterns or (_PATTERN,)]
     densities = options.densities or (_DENSITY,)
     return [(pattern, pattern.check_density(density)) for pattern in patterns for density in densities]
@@ -106,11 +106,6 @@ def _pruned(
 
 def _images(batch: int, size: int) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def _kept_frac(network: nn.Module) -> float:
-    layers = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    return sum(int((weight != 0).sum()) for weight in layers) / sum(weight.numel() for weight in layers)
 
 
 def _say(line: str) -> None:

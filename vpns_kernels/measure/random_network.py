@@ -22,6 +22,12 @@ def is_pruned(network: nn.Module) -> bool:
     return any(float((m.weight == 0).float().mean()) > _PRUNED_FRAC for m in _layers(network).values())
 
 
+def kept_frac(network: nn.Module) -> float:
+    """Of all weights of convolutions and linear layers, how many are not zero."""
+    weights = [layer.weight for layer in _layers(network).values()]
+    return sum(int((weight != 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
 @torch.no_grad()
 def scale_weights(network: nn.Module, seed: int = 0) -> nn.Module:
     """A copy in evaluation mode with weights of Kaiming He's scale, drawn from the seed, and no biases."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vpns_kernels.measure.dense_layers import time_dense_layers
 from vpns_kernels.measure.deployed import Deployed
 from vpns_kernels.measure.opponents import OPPONENTS, find_opponents
+from vpns_kernels.measure.random_network import kept_frac
 from vpns_kernels.measure.subject import Call
 from vpns_kernels.measure.timing import Ratio, Sample, compare, interleave
 from vpns_kernels.patterns import Pattern
@@ -105,7 +106,7 @@ def bench_whole(
     calls: dict[str, Call] = {}
     errors: list[float] = []
     layers: list[dict[str, Any]] = []
-    sparse_dtype = ""
+    sparse_dtype, weight_density = "", 1.0
     for number, network in enumerate(pruned):
         deployed = Deployed(network, pattern, x, settings.dtype)
         calls[f"sparse {number}"] = partial(deployed, x)
@@ -113,7 +114,7 @@ def bench_whole(
         if number == 0:
             dense_rows = time_dense_layers(network, x, settings.layer_rounds, pattern, settings.rest_s)
             layers = _join(dense_rows, deployed.rows())
-            sparse_dtype = deployed.dtype
+            sparse_dtype, weight_density = deployed.dtype, kept_frac(network)
     samples = _race(rivals.calls, calls, settings)
     best = _fastest(rivals.calls, samples)
     seeds = [_seed_row(number, name, samples, best) for number, name in enumerate(calls)]
@@ -125,6 +126,7 @@ def bench_whole(
     return {
         "sparse_ms": median(row["sparse_ms"] for row in seeds),
         "sparse_dtype": sparse_dtype,
+        "weight_density": weight_density,
         "dense": {name: samples[name].to_dict() for name in rivals.calls},
         "why_not": rivals.why_not,
         "best_dense": best,
