@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +131,18 @@ def test_a_constant_channel_goes_only_where_nothing_is_lost_at_the_border(
     assert small.get_submodule("0").out_channels == left
     assert small.get_submodule("3").in_channels == left
     assert (small.get_submodule("3").bias is not None) == (padding == 0)
+    assert largest_error(small(images()), network(images())) <= BOUND
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("counts", "left"), [(True, 4), (False, 3)])
+def test_behind_a_mean_that_counts_padding_a_constant_is_none(counts: bool, left: int) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=counts), nn.Conv2d(4, 2, 1)
+    ).double().eval()  # fmt: skip
+    network[0].weight[2] = 0
+    small = shrink(network)
+    assert small.get_submodule("0").out_channels == left
     assert largest_error(small(images()), network(images())) <= BOUND
 
 
@@ -265,3 +278,88 @@ def all_but(**settings: Any) -> Any:
 def test_what_cannot_be_done_is_refused(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+class Drawn(nn.Module):
+    """A network of random operations on random earlier activations, with zeros at random."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        rng = random.Random(seed)
+        self.layers, self.script, widths = nn.ModuleList(), [], [3]
+        for _ in range(rng.randint(6, 14)):
+            kind = rng.choice(
+                ["conv", "conv", "conv1", "depthwise", "norm", "act", "add", "mul", "cat", "pool", "bias"]
+            )
+            source = rng.randrange(max(0, len(widths) - 4), len(widths))
+            same = [i for i, width in enumerate(widths) if width == widths[source]]
+            other = rng.choice(same) if kind in ("add", "mul") else rng.randrange(len(widths))
+            width = widths[source]
+            layer: nn.Module = nn.Identity()
+            if kind in ("conv", "conv1"):
+                size, bias = (3, 1)[kind == "conv1"], rng.random() < 0.5
+                width = rng.choice([4, 4, 6])
+                layer = nn.Conv2d(widths[source], width, size, padding=size // 2, bias=bias)
+            elif kind == "depthwise":
+                layer = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=rng.random() < 0.5)
+            elif kind == "norm":
+                layer = nn.BatchNorm2d(width)
+            elif kind == "act":
+                layer = rng.choice(
+                    [nn.ReLU(), nn.Sigmoid(), nn.SiLU(), nn.ReLU(inplace=True), nn.Dropout(0.5)]
+                )
+            elif kind == "pool":
+                layer = rng.choice(
+                    [
+                        nn.MaxPool2d(3, 1, 1),
+                        nn.AvgPool2d(3, 1, 1),
+                        nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+                    ]
+                )
+            elif kind == "cat":
+                width += widths[other]
+            widths.append(width)
+            self.layers.append(layer)
+            self.script.append((kind, source, other))
+        self.head = nn.Linear(widths[-1], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [x]
+        for (kind, source, other), layer in zip(self.script, self.layers, strict=True):
+            a, b = seen[source], seen[other]
+            if kind == "add":
+                seen.append(a + b)
+            elif kind == "mul":
+                seen.append(a * b)
+            elif kind == "cat":
+                seen.append(torch.cat([a, b], 1))
+            elif kind == "bias":
+                seen.append(a + 0.5)
+            else:
+                seen.append(layer(a))
+        return self.head(seen[-1].mean((2, 3)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(60))
+def test_networks_of_any_form_compute_the_same_when_they_are_smaller(seed: int) -> None:
+    torch.manual_seed(seed)
+    network, generator = Drawn(seed).double().eval(), torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
+            nn.init.normal_(module.weight, generator=generator)
+            module.weight[draw(len(module.weight), generator)] = 0
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(generator=generator)
+            if module.bias is not None:
+                module.bias.normal_(generator=generator)
+                module.bias[draw(len(module.bias), generator)] = 0
+            if isinstance(module, nn.Conv2d) and module.groups == 1:
+                module.weight[:, draw(module.weight.shape[1], generator)] = 0
+    small = shrink(network)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64, generator=generator)
+    # In-place activations write into the input of the network itself.
+    torch.testing.assert_close(small(x.clone()), network(x.clone()), rtol=BOUND, atol=BOUND)
+    assert size(small) <= size(network) + sum(
+        m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)
+    )
