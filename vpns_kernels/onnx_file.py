@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 
-def why_no_onnx(*packages: str) -> str | None:
+def why_no_onnx(*packages: str, extra: str = "onnx") -> str | None:
     """What is not installed of these packages, and the extra that installs it; None if nothing is missing."""
     missing = [package for package in packages if find_spec(package) is None]
-    return f"{', '.join(missing)} not installed (pip install 'vpns[peers]')" if missing else None
+    return f"{', '.join(missing)} not installed (pip install 'vpns[{extra}]')" if missing else None
 
 
 def to_onnx(network: nn.Module, x: Tensor, any_batch: bool = False) -> bytes:

@@ -18,7 +18,7 @@ _OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16"}
 
 def onnxruntime(name: str, subject: Subject) -> Opponent:
     """ONNX Runtime's CPU provider, all graph optimisations on."""
-    if (reason := why_no_onnx("onnx", "onnxscript", "onnxruntime")) is not None:
+    if (reason := why_no_onnx("onnx", "onnxscript", "onnxruntime", extra="peers")) is not None:
         return Opponent(name, None, reason)
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -33,12 +33,12 @@ def onnxruntime(name: str, subject: Subject) -> Opponent:
 
 def openvino(name: str, subject: Subject) -> Opponent:
     """OpenVINO's CPU plugin for one caller: one stream, latency first."""
-    if (reason := why_no_onnx("onnx", "onnxscript", "openvino")) is not None:
+    if (reason := why_no_onnx("onnx", "onnxscript", "openvino", extra="peers")) is not None:
         return Opponent(name, None, reason)
     dtype = name.split()[-1]
     try:
         if dtype == "int8":
-            if (reason := why_no_onnx("onnxruntime")) is not None:
+            if (reason := why_no_onnx("onnxruntime", extra="peers")) is not None:
                 return Opponent(name, None, reason)
             return Opponent(name, _compile_openvino(_quantize(subject), subject, {}))
         precision = {"INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[dtype]}
@@ -49,7 +49,7 @@ def openvino(name: str, subject: Subject) -> Opponent:
 
 def deepsparse(name: str, subject: Subject) -> Opponent:
     """DeepSparse with the dense network."""
-    if (reason := why_no_onnx("deepsparse")) is not None:
+    if (reason := why_no_onnx("deepsparse", extra="peers")) is not None:
         hint = "no longer maintained: deepsparse==1.8.0 in an environment of its own, with numpy<2"
         return Opponent(name, None, f"{reason.split(' (')[0]} ({hint})")
     from deepsparse import compile_model
