@@ -49,6 +49,8 @@ DTYPES = ("float32", "bfloat16")
 LAYER_PATTERNS = ("unstructured", "block:32x32")
 # Pattern and dtype of whole iterations.
 STEP_FORMS = (("unstructured", "float32"), ("block:32x32", "float32"), ("block:32x32", "bfloat16"))
+# Where a goal leaves our dtype free.
+FREE_FORMS = (("unstructured", "bfloat16"),)
 # How often an iteration is timed that serves no goal.
 SWEEP_ROUNDS = 2
 # Channels and pixels of ResNet-18's residual sums at 224 px.
@@ -173,6 +175,7 @@ def plan_steps(options: argparse.Namespace) -> list[Job]:
         blocks = headline_arms([GOAL_DENSITY], STEP_FORMS[2:])
         plain = headline_arms(options.densities, STEP_FORMS[:1])
         goal = [arm for arm in plain if arm.density == GOAL_DENSITY]
+        goal += headline_arms([GOAL_DENSITY], FREE_FORMS)
         pair = [arm for arm in rivals if arm.name in TWO_UPDATES]
         halves = [arm for arm in rivals if arm.dtype == "bfloat16"]
         return [
@@ -189,7 +192,9 @@ def plan_steps(options: argparse.Namespace) -> list[Job]:
     # Scores of blocks start by rank within the layer: the method's start is the uniform one.
     extras = [arm for arm in extras if arm.start == "uniform" or arm.pattern == "unstructured"]
     jobs = [
-        _step_job(0, released[0], [*rivals, *ours], options, rounds),
+        _step_job(
+            0, released[0], [*rivals, *ours, *headline_arms([GOAL_DENSITY], FREE_FORMS)], options, rounds
+        ),
         _step_job(0, tune, [*rivals, *graded], options, rounds),
         _step_job(1, search, [*rivals, *ours, *extras], options, rounds),
         *_sweeps(search, ours, options),

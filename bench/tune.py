@@ -310,7 +310,7 @@ def write_table(folder: Path, path: Path) -> None:
         kept = {
             row: fit
             for row, fit in known["kernels"].items()
-            if (row not in fits and name != isa) or (name == isa and "gradient" in row)
+            if (row not in fits and name != isa) or (name == isa and ("gradient" in row or "score" in row))
         }
         table["classes"][isa] = {
             "machine": known["machine"] if name != isa else machine,

@@ -15,6 +15,9 @@ from vpns_kernels.choose import Candidate, Choice, Machine, choose, explain_esti
 from vpns_kernels.cost import CLASSES, LayerQuery, cost_table, estimate
 from vpns_kernels.geometry import ConvGeometry
 
+# csrc/cpu/weight_gradient.cpp takes single weights, if all are wanted, in blocks of this size.
+_SCORE_BLOCK = (32, 32)
+
 
 @dataclass(frozen=True)
 class TrainingChoice:
@@ -80,7 +83,7 @@ def transposed(query: LayerQuery) -> LayerQuery:
 def _choose_weight_gradient(
     query: LayerQuery, machine: Machine, table: Mapping[str, Any], with_scores: bool
 ) -> Choice:
-    dense_row = f"dense weight gradient {query.dtype}"
+    dense_row = f"dense {'scores' if with_scores else 'weight gradient'} {query.dtype}"
     dense = estimate(query, dense_row, machine.isa, machine.threads, table)
     candidates = [Candidate(dense_row, dense, explain_estimate(dense))]
     kernel, refusal = _sparse_row(query, machine, with_scores)
@@ -93,13 +96,20 @@ def _choose_weight_gradient(
     if kernel == "compact":
         asked, row = _smaller(query), dense_row
     elif with_scores:
-        asked = query.at_density(1.0)
+        asked = all_scores(query)
     sparse = estimate(asked, row, machine.isa, machine.threads, table)
     candidates.append(Candidate(kernel, sparse, explain_estimate(sparse)))
     figures = f"{kernel} {sparse.ms:.3g} ms, {dense_row} {dense.ms:.3g} ms"
     if sparse.ms < dense.ms:
         return Choice(kernel, sparse.ms, dense.ms, figures, tuple(candidates))
     return Choice("dense", dense.ms, dense.ms, f"dense is faster here: {figures}", tuple(candidates))
+
+
+def all_scores(query: LayerQuery) -> LayerQuery:
+    """What scores' gradients cost: that of all units, those of single weights taken as blocks."""
+    if query.format == "unstructured":
+        query = replace(query, values_sizes=(0, *_SCORE_BLOCK))
+    return query.at_density(1.0)
 
 
 def _sparse_row(query: LayerQuery, machine: Machine, with_scores: bool) -> tuple[str, str]:
@@ -109,12 +119,12 @@ def _sparse_row(query: LayerQuery, machine: Machine, with_scores: bool) -> tuple
             ("score channel", "scores of channels are no weight gradient") if with_scores else ("compact", "")
         )
     row = f"{'score' if with_scores else 'gradient'} {query.format}"
+    if with_scores or query.format == "block":
+        row = f"{row} {query.dtype}"
     if CLASSES.index(machine.isa) < CLASSES.index("avx2"):
         return row, "the native weight gradients need avx2"
     if query.dtype == "float64":
         return row, "the native weight gradients compute in float32"
-    if row == "score unstructured":
-        return row, "scores of single weights need the whole weight gradient"
     return row, ""
 
 

@@ -48,7 +48,9 @@ _STAND_INS = {
     "gradient unstructured": ("unstructured",),
     "gradient block": ("block",),
     "score block": ("gradient block", "block"),
+    "score unstructured": ("score block", "gradient block", "block"),
     "dense weight gradient": ("dense",),
+    "dense scores": ("dense weight gradient",),
 }
 # Vectors of the unstructured kernels hold this many images, or pixels of one.
 _LANES = 16
@@ -282,6 +284,8 @@ def _isa_of(kernel: str, isa: str) -> str:
     """The instruction set that multiplies: in a kernel's name, or what there is for the dtype."""
     if kernel.startswith(("dense", *_STAND_INS)) or kernel == "compact":
         limits = {"bfloat16": CLASSES[-1], "float16": "avx512_fp16"}
+        # Weight gradients of our own have no tiles.
+        limits |= {} if kernel.startswith("dense") else {"bfloat16": "avx512_bf16"}
         limit = limits.get(kernel.rpartition(" ")[2], "avx512")
         usable = [name for name in _RATES[isa] if CLASSES.index(name) <= CLASSES.index(limit)]
         return max(usable, key=lambda name: _RATES[isa][name])

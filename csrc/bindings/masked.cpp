@@ -39,31 +39,20 @@ void bind_masked(py::module_& m) {
   m.def(
       "masked_conv2d_score_gradient",
       [](const std::vector<int64_t>& sizes, const MaskedWeight& w, uintptr_t x, const std::string& type,
-         int64_t stride_n, int64_t stride_h, int64_t stride_w, uintptr_t grad, uintptr_t out,
+         int64_t stride_n, int64_t stride_h, int64_t stride_w, uintptr_t grad, uintptr_t scores, uintptr_t out,
          const std::string& kernel, int threads) {
         const ConvShape s = shape(sizes);
         const WeightGradCall call{pointer<const void>(x),    dtype(type),         stride_n, stride_h, stride_w,
-                                  pointer<const void>(grad), pointer<float>(out), threads,  &w};
+                                  pointer<const void>(grad), pointer<float>(out), threads,  &w,
+                                  pointer<const float>(scores)};
         py::gil_scoped_release release;
         check_masked_weight(s, w);
         score_gradient(s, call, kernel);
       },
       py::arg("shape"), py::arg("weight"), py::arg("x"), py::arg("dtype"), py::arg("stride_n"), py::arg("stride_h"),
-      py::arg("stride_w"), py::arg("grad"), py::arg("out"), py::arg("kernel"), py::arg("threads"),
-      "The sum of weight times its gradient over each block, masked or not.");
-
-  m.def(
-      "masked_conv2d_multiply_scores",
-      [](uintptr_t scores, uintptr_t weight, uintptr_t gradient, const std::string& type, uintptr_t out, int64_t count,
-         int threads) {
-        const ScoreProduct call{pointer<const float>(scores), pointer<const float>(weight), pointer<const void>(gradient),
-                                dtype(type),                  pointer<float>(out),          count,
-                                threads};
-        py::gil_scoped_release release;
-        multiply_scores(call);
-      },
-      py::arg("scores"), py::arg("weight"), py::arg("gradient"), py::arg("dtype"), py::arg("out"), py::arg("count"),
-      py::arg("threads"), "The sign of the score times the weight times its gradient, weight by weight.");
+      py::arg("stride_w"), py::arg("grad"), py::arg("scores"), py::arg("out"), py::arg("kernel"), py::arg("threads"),
+      "The sum of weight times its gradient over each block, masked or not; with scores (else 0), their sign times the "
+      "weight times its gradient, weight by weight.");
 
   m.def(
       "channel_mask",

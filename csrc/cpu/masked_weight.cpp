@@ -177,28 +177,7 @@ OwnedWeights pack_view(const ConvShape& s, const MaskedWeight& w, const View& vi
   return packed;
 }
 
-float as_float(float value) { return value; }
-float as_float(Bf16 value) { return bf16_to_float(value.bits); }
-float as_float(Fp16 value) { return fp16_to_float(value.bits); }
-
-template <typename Gradient>
-void multiply_typed(const ScoreProduct& call) {
-  const Gradient* gradient = static_cast<const Gradient*>(call.gradient);
-#pragma omp parallel for simd num_threads(call.threads) schedule(static)
-  for (int64_t i = 0; i < call.count; ++i) {
-    const float score = call.scores[i];
-    const float sign = score > 0 ? 1.0f : score < 0 ? -1.0f : score;
-    call.out[i] = sign * (call.weight[i] * as_float(gradient[i]));
-  }
-}
-
 }  // namespace
-
-void multiply_scores(const ScoreProduct& call) {
-  if (call.dtype == DType::kBF16) multiply_typed<Bf16>(call);
-  else if (call.dtype == DType::kF16) multiply_typed<Fp16>(call);
-  else multiply_typed<float>(call);
-}
 
 void check_masked_weight(const ConvShape& s, const MaskedWeight& w) {
   check_conv_shape(s);

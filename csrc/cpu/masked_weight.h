@@ -24,18 +24,6 @@ struct MaskedWeight {
   int64_t bk, bc;       // 1, 1: single weights
 };
 
-// out = sign(scores) · weight · gradient of single weights, all four of one dense layout; gradients in `dtype`.
-struct ScoreProduct {
-  const float* scores;
-  const float* weight;
-  const void* gradient;
-  DType dtype;
-  float* out;
-  int64_t count;
-  int threads;
-};
-void multiply_scores(const ScoreProduct& call);
-
 // Refuses sizes with which packing would read outside of weight or mask.
 void check_masked_weight(const ConvShape&, const MaskedWeight&);
 

@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t kOperandBytes = 256 * 1024, kTileBytes = 4 * 1024 * 1024;
 // Words that share a pass over the pixels, where blocks are narrower.
 constexpr int64_t kSpanWords = 96;
+// Where single weights have scores, all of them are taken in blocks of this size.
+constexpr int64_t kDenseBlock = 32;
 // Positions of one AMX product.
 constexpr int64_t kMaxLine = 16;
 
@@ -179,12 +181,13 @@ std::unique_ptr<PreparedWeightGrad> prepare_weight_gradient(const ConvShape& s, 
 }
 
 void score_gradient(const ConvShape& s, const WeightGradCall& call, const std::string& kernel) {
-  const MaskedWeight& w = *call.weight;
-  const int64_t rows = s.groups * ceil_div(s.K / s.groups, w.bk), columns = ceil_div(s.C / s.groups, w.bc) * s.R * s.S;
+  const bool singles = call.scores != nullptr;
+  const int64_t bk = singles ? kDenseBlock : call.weight->bk, bc = singles ? kDenseBlock : call.weight->bc;
+  const int64_t rows = s.groups * ceil_div(s.K / s.groups, bk), columns = ceil_div(s.C / s.groups, bc) * s.R * s.S;
   std::vector<int32_t> indptr(rows + 1), index(rows * columns);
   for (int64_t row = 0; row <= rows; ++row) indptr[row] = static_cast<int32_t>(row * columns);
   for (int64_t i = 0; i < rows * columns; ++i) index[i] = static_cast<int32_t>(i % columns);
-  const SparseWeights all{Format::kBlock, DType::kF32, nullptr, indptr.data(), index.data(), rows * columns, w.bk, w.bc};
+  const SparseWeights all{Format::kBlock, DType::kF32, nullptr, indptr.data(), index.data(), rows * columns, bk, bc};
   const GradKernel* const chosen = find_grad_kernel(kernel, call.dtype);
   if (chosen == nullptr) refuse(kernel);
   chosen->run(make_plan(s, all, *chosen), call);

@@ -2,13 +2,14 @@
 //
 // d weight[k, c, tap] = Σ over output pixels of dy[pixel, k] · x[pixel's tap, c]. The score of a block is one number,
 // Σ W · dW over the block, masked or not: the same sums, multiplied by W tile by tile, so that no dense dW is written.
+// Scores of single weights take the sums of all blocks of a dense weight and leave sign(S) · W · dW, weight by weight.
 //
-// Tiles of pixels are laid out by all threads: the input as planes [chunk of bc channels][row][column][channel], padded
-// with zeros, so that a tap is one offset; the gradient of the output as [block row][pixel][padded bk]. Then each thread
-// takes its own blocks: a few channels × two vectors of output channels of sums stay in registers while the tile's
-// pixels stream past; on AMX 32 × 32 sums, in tiles (weight_gradient_amx.inl). The unit is a 32-bit word: a pixel in
-// float32, the same pixel of two images in bf16. Every sum belongs to one thread and runs over the tiles in order, so the
-// result does not depend on the number of threads.
+// Tiles of pixels are laid out: the input as planes [chunk of bc channels][row][column][channel], padded with zeros, so
+// that a tap is one offset; the gradient of the output as [block row][pixel][padded bk]. Of each block a few channels ×
+// two vectors of output channels of sums stay in registers while the tile's pixels stream past; on AMX 32 × 32 sums, in
+// tiles (weight_gradient_amx.inl). The unit is a 32-bit word: a pixel in float32, the same pixel of two images in bf16.
+// Sums run over a slice's tiles in order and then over the slices in order, whichever threads take them, so the result
+// does not depend on their number.
 #pragma once
 
 #include <memory>
@@ -29,6 +30,8 @@ struct WeightGradCall {
   float* out;        // [count, bk, bc], or with `weight` [count]
   int threads;
   const MaskedWeight* weight = nullptr;  // where not null: Σ weight · gradient of each block
+  // Where not null too: of single weights, as `out` dense [K, C / groups, R, S], which is sign · weight · gradient.
+  const float* scores = nullptr;
 };
 
 struct BlockGradPlan {
@@ -76,8 +79,11 @@ class PreparedWeightGrad {
 std::unique_ptr<PreparedWeightGrad> prepare_weight_gradient(const ConvShape&, const SparseWeights& layout,
                                                             const std::string& kernel = "");
 
-// Of all blocks of a masked weight: call.out [block rows, block columns, R, S].
+// Of all units of a masked weight: call.out [block rows, block columns, R, S], or with call.scores [K, C / groups, R, S].
 void score_gradient(const ConvShape&, const WeightGradCall& call, const std::string& kernel);
+
+// Slices of the tiles that have sums of their own, where these are gradients, and what all of them may take.
+constexpr int64_t kMostSlices = 16, kSliceFloats = 2 * 1024 * 1024;
 
 using RunBlockGrad = void (*)(const BlockGradPlan&, const WeightGradCall&);
 void run_block_grad_avx2(const BlockGradPlan&, const WeightGradCall&);

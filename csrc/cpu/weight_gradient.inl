@@ -97,72 +97,204 @@ inline double weigh_block(const MaskedWeight& w, const BlockGradPlan::Block& blo
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// Sums of a tile to (or onto) the packed order [bk][bc]; zeros beyond ragged edges.
-inline void store_block(const BlockGradPlan& plan, const BlockGradPlan::Block& block, const BlockSums& sums, bool adds,
-                        float* out) {
-  if (!adds) zero_cells(out, plan.bk * plan.bc);
+// Sums of a kept block to the packed order [bk][bc]; zeros beyond ragged edges.
+inline void store_block(const BlockGradPlan& plan, const BlockGradPlan::Block& block, const BlockSums& sums, float* out) {
+  if (block.filters < plan.bk || block.channels < plan.bc) zero_cells(out, plan.bk * plan.bc);
   for (int64_t k = 0; k < block.filters; ++k)
-    for (int64_t c = 0; c < block.channels; ++c) out[k * plan.bc + c] += sums.at(k, c);
+    for (int64_t c = 0; c < block.channels; ++c) out[k * plan.bc + c] = sums.at(k, c);
 }
 
+// sign(S) · W · dW of the single weights of a block, filter by filter as they lie.
+inline void weigh_singles(const BlockGradPlan& plan, const WeightGradCall& call, const BlockGradPlan::Block& block,
+                          int64_t k, const BlockSums& sums) {
+  const MaskedWeight& w = *call.weight;
+  const int64_t taps = plan.shape.R * plan.shape.S, channels = plan.shape.C / plan.shape.groups;
+  const int64_t at = ((block.k0 + k) * channels + block.c0) * taps + block.tap;
+  const float* weight = w.weight + (block.k0 + k) * w.stride_k + block.c0 * w.stride_c + block.tap * w.stride_tap;
+  for (int64_t c = 0; c < block.channels; ++c) {
+    const float score = call.scores[at + c * taps], sign = score > 0 ? 1.0f : score < 0 ? -1.0f : score;
+    call.out[at + c * taps] = sign * (weight[c * w.stride_c] * sums.at(k, c));
+  }
+}
+
+// One call. Its tiles are cut into slices, which have sums of their own, added up in their order: so threads may take
+// slices of their own (nobody waits, and what a thread lays out it alone reads) or, where slices are few and sums are
+// large, share each tile and take spans of their own, with the same result.
+//
 // Products: what lays out the output's gradient and multiplies.
 template <typename Products, typename X>
-void run_typed_grad(const BlockGradPlan& plan, const WeightGradCall& call) {
-  const ConvShape& s = plan.shape;
-  const int64_t blocks = static_cast<int64_t>(plan.blocks.size()), spans = static_cast<int64_t>(plan.spans.size());
-  const int64_t units = (s.N + plan.images - 1) / plan.images;
-  const int64_t tiles_p = (s.P + plan.tile_p - 1) / plan.tile_p, tiles_q = (s.Q + plan.tile_q - 1) / plan.tile_q;
-  const int64_t tiles = (units + plan.tile_units - 1) / plan.tile_units * tiles_p * tiles_q;
-  const int64_t x_floats = s.groups * plan.chunks_per_group * plan.chunk_words();
-  const int64_t grad_floats = s.groups * plan.rows_per_group * plan.row_words();
-  std::vector<double> scores(call.weight == nullptr ? 0 : blocks, 0.0);
-  if (tiles == 0) zero_cells(call.out, blocks * (call.weight == nullptr ? plan.bk * plan.bc : 1));
-  int64_t most_words = 0;
-  for (const BlockGradPlan::Span& span : plan.spans) most_words = std::max(most_words, span.words);
-  const auto whole_lines = [](int64_t floats) { return (floats + 15) / 16 * 16; };
-  const int64_t own_floats = whole_lines(most_words) * plan.padded_bk;
-  // Of the calling thread: its own sums, then what all read; the last words are read in vectors.
-  float* const shared = thread_scratch(own_floats + grad_floats + x_floats + 16);
-  float *const grad = shared + own_floats, *const x = grad + grad_floats;
-  std::vector<int64_t> base(plan.tile_units * plan.tile_p * plan.tile_q);
-#pragma omp parallel num_threads(call.threads)
-  {
-    const Products products(plan, whole_lines(most_words));
-    float* const sums = omp_get_thread_num() == 0 ? shared : thread_scratch(own_floats);
-    for (int64_t number = 0; number < tiles; ++number) {
-      const int64_t u0 = number / (tiles_p * tiles_q) * plan.tile_units;
-      const int64_t p0 = number / tiles_q % tiles_p * plan.tile_p, q0 = number % tiles_q * plan.tile_q;
-      const GradRange tile{u0 * plan.images, std::min(plan.tile_units, units - u0),
-                           p0, std::min(p0 + plan.tile_p, s.P), q0, std::min(q0 + plan.tile_q, s.Q)};
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < tile.units * plan.rows; ++i)
-        load_input_row<typename Products::Cell, X>(plan, call, tile, i / plan.rows, i % plan.rows, x);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < products.loads(tile); ++i)
-        products.template load_gradient<X>(call, tile, i, grad, base.data());
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < spans; ++i) {
-        const BlockGradPlan::Span& span = plan.spans[i];
-        const BlockGradPlan::Block& first = plan.blocks[span.first];
-        products.multiply_span(span, {x + first.chunk * plan.chunk_words() + first.offset, base.data(),
-                                      grad + first.row * plan.row_words(), products.rows(tile), sums, products.pitch});
-        BlockSums of_block{sums, products.stride_k, products.stride_c};
-        for (int64_t b = span.first; b < span.first + span.blocks; ++b) {
-          const BlockGradPlan::Block& block = plan.blocks[b];
-          if (call.weight != nullptr) scores[b] += weigh_block(*call.weight, block, of_block);
-          else store_block(plan, block, of_block, number > 0, call.out + b * plan.bk * plan.bc);
-          of_block.sums += block.channels * of_block.stride_c;
+class BlockGradRun {
+ public:
+  BlockGradRun(const BlockGradPlan& plan, const WeightGradCall& call) : plan_(plan), call_(call), s_(plan.shape) {
+    units_ = (s_.N + plan.images - 1) / plan.images;
+    tiles_p_ = (s_.P + plan.tile_p - 1) / plan.tile_p;
+    tiles_q_ = (s_.Q + plan.tile_q - 1) / plan.tile_q;
+    tiles_ = (units_ + plan.tile_units - 1) / plan.tile_units * tiles_p_ * tiles_q_;
+    singles_ = call.scores != nullptr;
+    sums_blocks_ = call.weight != nullptr && !singles_;
+    blocks_ = static_cast<int64_t>(plan.blocks.size());
+    spans_ = static_cast<int64_t>(plan.spans.size());
+    int64_t most_words = 0;
+    for (const BlockGradPlan::Span& span : plan.spans) most_words = std::max(most_words, span.words);
+    most_words_ = whole_lines(most_words);
+    span_floats_ = most_words_ * plan.padded_bk;
+    slices_ = tiles_;
+    if (sums_blocks_ || tiles_ == 0) return;
+    const int64_t most = std::clamp<int64_t>(kSliceFloats / std::max<int64_t>(spans_ * span_floats_, 1), 1, kMostSlices);
+    // A power of two, so that as many threads have equal shares.
+    slices_ = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(std::min(most, tiles_))));
+  }
+
+  void run() {
+    if (blocks_ == 0) return;
+    if (tiles_ == 0) {
+      const int64_t singles = s_.K * (s_.C / s_.groups) * s_.R * s_.S;
+      return zero_cells(call_.out, singles_ ? singles : sums_blocks_ ? blocks_ : blocks_ * plan_.bk * plan_.bc);
+    }
+    const int64_t x_floats = s_.groups * plan_.chunks_per_group * plan_.chunk_words();
+    const int64_t grad_floats = whole_lines(s_.groups * plan_.rows_per_group * plan_.row_words());
+    // The last words are read in vectors.
+    const int64_t tile_floats = grad_floats + whole_lines(x_floats) + 16;
+    const int64_t kept_floats = sums_blocks_ ? 0 : slices_ * spans_ * span_floats_;
+    const bool own_slices = slices_ % call_.threads == 0 || slices_ >= 4 * call_.threads;
+    // Of the calling thread: what all read.
+    float* const shared = thread_scratch(kept_floats + span_floats_ + tile_floats);
+    std::vector<double> scores(sums_blocks_ ? slices_ * blocks_ : 0);
+    std::vector<int64_t> shared_base(plan_.tile_units * plan_.tile_p * plan_.tile_q);
+#pragma omp parallel num_threads(call_.threads)
+    {
+      const Products products(plan_, most_words_);
+      const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+      float* const own = part == 0 ? shared + kept_floats : thread_scratch(span_floats_ + (own_slices ? tile_floats : 0));
+      float* const laid_out = (own_slices ? own : shared + kept_floats) + span_floats_;
+      std::vector<int64_t> own_base(own_slices && part > 0 ? shared_base.size() : 0);
+      int64_t* const base = own_slices && part > 0 ? own_base.data() : shared_base.data();
+      Work work{laid_out, laid_out + grad_floats, base, own, nullptr, nullptr, false};
+      const int64_t end_slice = own_slices ? slices_ * (part + 1) / parts : slices_;
+      for (int64_t slice = own_slices ? slices_ * part / parts : 0; slice < end_slice; ++slice) {
+        if (sums_blocks_) work.scores = scores.data() + slice * blocks_;
+        else work.kept = shared + slice * spans_ * span_floats_;
+        const int64_t first = tiles_ * slice / slices_;
+        for (int64_t number = first; number < tiles_ * (slice + 1) / slices_; ++number) {
+          work.adds = number > first;
+          const GradRange tile = range(number);
+          if (own_slices) {
+            lay_out(products, tile, work, 0, 1);
+            multiply(products, tile, work, 0, spans_);
+          } else {
+            lay_out(products, tile, work, part, parts);
+#pragma omp barrier
+            multiply(products, tile, work, spans_ * part / parts, spans_ * (part + 1) / parts);
+#pragma omp barrier
+          }
         }
+      }
+#pragma omp barrier
+      if (sums_blocks_) {
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < blocks_; ++b) add_scores(scores, b);
+      } else {
+        finish(products, shared);
       }
     }
   }
-  for (int64_t i = 0; i < static_cast<int64_t>(scores.size()); ++i) call.out[i] = static_cast<float>(scores[i]);
-}
+
+ private:
+  // What a thread works with.
+  struct Work {
+    float *grad, *x;
+    int64_t* base;   // by row of grad, words from the planes' start
+    float* own;      // sums of a span
+    float* kept;     // sums of all spans of the slice,
+    double* scores;  // or the scores of its blocks
+    bool adds;       // the slice has sums already
+  };
+
+  static int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+  GradRange range(int64_t number) const {
+    const int64_t u0 = number / (tiles_p_ * tiles_q_) * plan_.tile_units;
+    const int64_t p0 = number / tiles_q_ % tiles_p_ * plan_.tile_p, q0 = number % tiles_q_ * plan_.tile_q;
+    return {u0 * plan_.images, std::min(plan_.tile_units, units_ - u0),
+            p0, std::min(p0 + plan_.tile_p, s_.P), q0, std::min(q0 + plan_.tile_q, s_.Q)};
+  }
+
+  // One of `parts` parts of a tile's planes and gradients.
+  void lay_out(const Products& products, const GradRange& tile, const Work& work, int64_t part, int64_t parts) const {
+    const int64_t x_rows = tile.units * plan_.rows, loads = products.loads(tile);
+    for (int64_t i = x_rows * part / parts; i < x_rows * (part + 1) / parts; ++i)
+      load_input_row<typename Products::Cell, X>(plan_, call_, tile, i / plan_.rows, i % plan_.rows, work.x);
+    for (int64_t i = loads * part / parts; i < loads * (part + 1) / parts; ++i)
+      products.template load_gradient<X>(call_, tile, i, work.grad, work.base);
+  }
+
+  void multiply(const Products& products, const GradRange& tile, const Work& work, int64_t first_span,
+                int64_t end_span) const {
+    for (int64_t i = first_span; i < end_span; ++i) {
+      const BlockGradPlan::Span& span = plan_.spans[i];
+      const BlockGradPlan::Block& first = plan_.blocks[span.first];
+      float* const kept = work.kept + i * span_floats_;
+      float* const sums = sums_blocks_ || work.adds ? work.own : kept;
+      products.multiply_span(span, {work.x + first.chunk * plan_.chunk_words() + first.offset, work.base,
+                                    work.grad + first.row * plan_.row_words(), products.rows(tile), sums, products.pitch});
+      if (sums_blocks_) weigh_span(products, span, sums, work.scores);
+      else if (work.adds) add(kept, sums);
+    }
+  }
+
+  void weigh_span(const Products& products, const BlockGradPlan::Span& span, const float* sums, double* scores) const {
+    BlockSums of_block{sums, products.stride_k, products.stride_c};
+    for (int64_t b = span.first; b < span.first + span.blocks; ++b) {
+      scores[b] = weigh_block(*call_.weight, plan_.blocks[b], of_block);
+      of_block.sums += plan_.blocks[b].channels * of_block.stride_c;
+    }
+  }
+
+  void add(float* to, const float* from) const {
+    for (int64_t i = 0; i < span_floats_; i += kLanes) store(to + i, load(to + i) + load(from + i));
+  }
+
+  void add_scores(const std::vector<double>& scores, int64_t b) const {
+    double sum = 0;
+    for (int64_t slice = 0; slice < slices_; ++slice) sum += scores[slice * blocks_ + b];
+    call_.out[b] = static_cast<float>(sum);
+  }
+
+  // From all slices' sums to what is wanted; called by all threads.
+  void finish(const Products& products, float* kept) const {
+    std::vector<BlockSums> sums(blocks_);
+    for (int64_t i = 0; i < spans_; ++i) {
+      BlockSums of_block{kept + i * span_floats_, products.stride_k, products.stride_c};
+      for (int64_t b = plan_.spans[i].first; b < plan_.spans[i].first + plan_.spans[i].blocks; ++b) {
+        sums[b] = of_block;
+        of_block.sums += plan_.blocks[b].channels * of_block.stride_c;
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < spans_; ++i)
+      for (int64_t slice = 1; slice < slices_; ++slice)
+        add(kept + i * span_floats_, kept + (slice * spans_ + i) * span_floats_);
+    // Of single weights all taps of a row and chunk together: they are neighbours in scores and results.
+    const int64_t step = singles_ ? s_.R * s_.S : 1;
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < blocks_; b += step) {
+      if (!singles_) store_block(plan_, plan_.blocks[b], sums[b], call_.out + b * plan_.bk * plan_.bc);
+      for (int64_t k = 0; singles_ && k < plan_.blocks[b].filters; ++k)
+        for (int64_t tap = b; tap < b + step; ++tap) weigh_singles(plan_, call_, plan_.blocks[tap], k, sums[tap]);
+    }
+  }
+
+  const BlockGradPlan& plan_;
+  const WeightGradCall& call_;
+  const ConvShape& s_;
+  int64_t units_, tiles_p_, tiles_q_, tiles_, blocks_, spans_, slices_, most_words_, span_floats_;
+  bool singles_, sums_blocks_;
+};
 
 template <typename Products>
 void run_block_grad(const BlockGradPlan& plan, const WeightGradCall& call) {
-  if constexpr (std::is_same_v<typename Products::Cell, Bf16>) run_typed_grad<Products, Bf16>(plan, call);
-  else if (call.dtype == DType::kBF16) run_typed_grad<Products, Bf16>(plan, call);
-  else if (call.dtype == DType::kF16) run_typed_grad<Products, Fp16>(plan, call);
-  else run_typed_grad<Products, float>(plan, call);
+  if constexpr (std::is_same_v<typename Products::Cell, Bf16>) BlockGradRun<Products, Bf16>(plan, call).run();
+  else if (call.dtype == DType::kBF16) BlockGradRun<Products, Bf16>(plan, call).run();
+  else if (call.dtype == DType::kF16) BlockGradRun<Products, Fp16>(plan, call).run();
+  else BlockGradRun<Products, float>(plan, call).run();
 }

@@ -39,6 +39,17 @@ def test_step_goals_take_the_fastest_engine_that_counts_and_name_what_is_missing
     assert find(found, "pruning runs per hour at 224 px")["value"] == pytest.approx(63 / 27)
 
 
+def test_a_goal_that_leaves_our_dtype_free_takes_the_better_and_names_it() -> None:
+    rows = [
+        make_step("search", "unstructured float32", 0.1, 200.0, torch_float32=2.0) | {"variant": "released"},
+        make_step("search", "unstructured bfloat16", 0.1, 100.0, torch_float32=2.6) | {"variant": "released"},
+    ]
+    name = "search iteration, two updates: unstructured float32 or bfloat16"
+    goal = find(targets({"steps": rows}), name)
+    assert (goal["value"], goal["met"], goal["form"]) == (2.6, True, "unstructured bfloat16")
+    assert find(targets({"steps": rows[:1]}), name)["form"] == "unstructured float32"
+
+
 def test_layer_goals_are_geometric_means_over_3x3_layers() -> None:
     def layer(**changes: Any) -> dict[str, Any]:
         ratios = {name: make_ratio(changes.pop("ratio", 1.0)) for name in PASSES[:1]}

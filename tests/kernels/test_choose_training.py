@@ -66,14 +66,16 @@ def test_what_has_no_native_gradient_is_dense_and_says_why() -> None:
     assert "need avx2" in choose_training(query("unstructured", 0.1), scalar).weight_gradient.reason
     double = replace(query("block", 0.1, "float64"), weight_dtype="float64")
     assert "float32" in choose_training(double, machine("avx512")).weight_gradient.reason
-    scores = choose_training(query("unstructured", 0.1), machine("avx512"), with_scores=True)
-    assert scores.backends[2] == "reference"
+    scores = choose_training(query("channel", 0.1), machine("avx512"), with_scores=True)
+    assert "no weight gradient" in scores.weight_gradient.reason
 
 
-def test_scores_of_blocks_cost_the_same_at_any_density() -> None:
+@pytest.mark.parametrize("format", ["block", "unstructured"])
+def test_scores_cost_the_same_at_any_density(format: str) -> None:
     here = machine("avx512")
-    found = [choose_training(query("block", d), here, with_scores=True).weight_gradient for d in (0.05, 0.5)]
+    found = [choose_training(query(format, d), here, with_scores=True).weight_gradient for d in (0.05, 0.5)]
     assert found[0].est_ms == found[1].est_ms
+    assert [c.kernel for c in found[0].candidates] == ["dense scores float32", f"score {format} float32"]
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -137,11 +137,10 @@ def assert_gradients_are_right(args: dict[str, Any], found: list[Tensor]) -> Non
     (_, truth), (_, size) = (true_gradients(args, args["weight"], is_size) for is_size in (False, True))
     error_x = (grad_x.double() - true_x).abs()
     assert bool((error_x <= ROUNDOFF[dtype] * (size_x + true_x.abs()) + 1e-30).all())
-    # Blocks are summed in float32 whatever the inputs are; single weights are torch's own gradients, rounded.
-    limit = 1e-6 if args["pattern"].name == "block" else ROUNDOFF[dtype]
+    # Summed in float32 whatever the inputs are.
     error = (grad_scores.double() - args["scores"].detach().double().sign() * truth).abs()
     assert grad_scores.dtype == args["scores"].dtype
-    assert bool((error <= limit * (size + truth.abs()) + 1e-30).all())
+    assert bool((error <= 1e-6 * (size + truth.abs()) + 1e-30).all())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -191,10 +190,10 @@ def test_every_kernel_takes_what_is_packed_for_either_direction(kernel: str) -> 
 
 @pytest.mark.parametrize("kernel", SCORE_KERNELS)
 @pytest.mark.parametrize("shape", ["3x3", "primes", "stem_7x7", "mixed_stride_and_padding", "groups_2"])
-def test_every_instruction_set_sums_the_scores_of_blocks(shape: str, kernel: str) -> None:
+def test_every_instruction_set_gives_scores_their_gradients(shape: str, kernel: str) -> None:
     if not kernel.endswith("emulated") and not native.has_isa(kernel):
         pytest.skip(f"this CPU has no {kernel}")
-    for spec in ("block:16x16", "block:32x32", "block:8x4"):
+    for spec in ("block:16x16", "block:32x32", "block:8x4", "unstructured"):
         for dtype in ROUNDOFF:
             if ("bf16" in kernel or "amx" in kernel) and dtype != torch.bfloat16:
                 continue
@@ -227,11 +226,10 @@ def test_a_kernel_that_cannot_is_refused() -> None:
 @pytest.mark.parametrize("spec", ["unstructured", "block:16x16"])
 def test_the_same_bits_each_time_and_for_any_thread_count(spec: str, dtype: torch.dtype) -> None:
     args = build_args("primes", spec, 0.3, "channels_last", dtype, False)
-    # The scores of single weights are torch's own gradients.
-    compared, before = 3 if spec.startswith("block") else 2, torch.get_num_threads()
+    before = torch.get_num_threads()
 
     def run() -> list[Tensor]:
-        return [masked_conv2d(**args, backend="cpu").detach(), *gradients(args, "cpu")][:compared]
+        return [masked_conv2d(**args, backend="cpu").detach(), *gradients(args, "cpu")][:3]
 
     try:
         torch.set_num_threads(1)
@@ -355,3 +353,36 @@ def test_under_autocast_layers_compute_in_its_dtype() -> None:
         assert y.dtype == torch.bfloat16
         assert layer.scores.grad.dtype == x.grad.dtype == torch.float32
         torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", ["unstructured", "block:32x32"])
+def test_scores_of_many_tiles_are_right_and_the_same_for_any_thread_count(
+    spec: str, dtype: torch.dtype
+) -> None:
+    """Where threads take slices of their own, and where there are too many threads for that."""
+    generator = torch.Generator().manual_seed(7)
+    geometry, pattern = ConvGeometry(40, 48, (3, 3), padding=(1, 1)), parse_pattern(spec)
+    units = pattern.units_shape(geometry.weight_shape)
+    args = {
+        "x": torch.randn(7, 40, 61, 59, generator=generator).to(dtype),
+        "weight": torch.randn(geometry.weight_shape, generator=generator),
+        "mask": torch.ones(units, dtype=torch.bool),
+        "scores": torch.randn(units, generator=generator),
+        "geometry": geometry,
+        "pattern": pattern,
+        "bias": None,
+    }
+    grad = torch.randn(7, 48, 61, 59, generator=torch.Generator().manual_seed(5)).to(dtype)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5, 16):
+            torch.set_num_threads(threads)
+            with poisoned_memory():
+                found.append(cpu.run_score_gradient(*inputs_of(args, grad)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found)
+    truth, size = (true_gradients(args, args["weight"], is_size)[1] for is_size in (False, True))
+    error = (found[0].double() - args["scores"].double().sign() * truth).abs()
+    assert bool((error <= 1e-6 * (size + truth.abs())).all())

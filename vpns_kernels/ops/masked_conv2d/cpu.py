@@ -1,8 +1,7 @@
 """CPU backend: csrc/cpu/masked_weight.cpp packs what is kept, the kernels of sparse_conv2d run it.
 
-The mask changes at every step, so nothing is kept from one call to the next. Scores of blocks are summed by
-csrc/cpu/weight_gradient.*, where no dense weight gradient exists; those of single weights are torch's dense
-weight gradient times the weight.
+The mask changes at every step, so nothing is kept from one call to the next. Scores get their gradients from
+csrc/cpu/weight_gradient.*; those of blocks are sums, where no dense weight gradient exists.
 """
 
 from __future__ import annotations
@@ -101,15 +100,10 @@ def run_score_gradient(
 ) -> Tensor:
     """sign(S) · Σ_unit W · dW, as scores."""
     kind = parse_pattern(pattern)
-    if not isinstance(kind, Block):
-        sizes = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
-        dense: Tensor
-        _, dense, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight.to(x.dtype), None, *sizes, [False, True, False]
-        )
-        return _multiply(scores, weight, dense)
     geometry = _geometry(weight, stride, padding, dilation, groups)
-    sums = torch.zeros(scores.shape, dtype=torch.float32)
+    signed, is_block = scores.detach().float().contiguous(), isinstance(kind, Block)
+    # Of blocks the library leaves the sums; of single weights it takes the scores' signs with it.
+    out = torch.zeros(scores.shape, dtype=torch.float32)
     if grad.numel() > 0:
         masked, x, grad = _Masked(weight, mask, kind), _rows(x), _dense(grad)
         native.library().masked_conv2d_score_gradient(
@@ -119,25 +113,12 @@ def run_score_gradient(
             _NAMES[x.dtype],
             *_strides(x),
             grad.data_ptr(),
-            sums.data_ptr(),
+            0 if is_block else signed.data_ptr(),
+            out.data_ptr(),
             kernel,
             torch.get_num_threads(),
         )
-    return (scores.sign() * sums).to(scores.dtype)
-
-
-def _multiply(scores: Tensor, weight: Tensor, dense: Tensor) -> Tensor:
-    """sign(S) · W · dW of single weights: one pass where the three lie alike."""
-    formats, tensors = (torch.contiguous_format, torch.channels_last), (scores, weight, dense)
-    lies_alike = any(all(t.is_contiguous(memory_format=one) for t in tensors) for one in formats)
-    if not lies_alike or scores.dtype != torch.float32:
-        return (scores.sign() * (weight * dense)).to(scores.dtype).contiguous()
-    out = torch.empty_like(scores)
-    addresses = (tensor.data_ptr() for tensor in (scores, weight, dense))
-    native.library().masked_conv2d_multiply_scores(
-        *addresses, _NAMES[dense.dtype], out.data_ptr(), out.numel(), torch.get_num_threads()
-    )
-    return out.contiguous()
+    return (signed.sign() * out if is_block else out).to(scores.dtype)
 
 
 class _Masked:
