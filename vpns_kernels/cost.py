@@ -284,8 +284,6 @@ def _isa_of(kernel: str, isa: str) -> str:
     """The instruction set that multiplies: in a kernel's name, or what there is for the dtype."""
     if kernel.startswith(("dense", *_STAND_INS)) or kernel == "compact":
         limits = {"bfloat16": CLASSES[-1], "float16": "avx512_fp16"}
-        # Weight gradients of our own have no tiles.
-        limits |= {} if kernel.startswith("dense") else {"bfloat16": "avx512_bf16"}
         limit = limits.get(kernel.rpartition(" ")[2], "avx512")
         usable = [name for name in _RATES[isa] if CLASSES.index(name) <= CLASSES.index(limit)]
         return max(usable, key=lambda name: _RATES[isa][name])
