@@ -61,6 +61,10 @@ struct ConvCall {
   double* phases = nullptr;
   // Of y and residual, in elements; all 0 where they are dense.
   int64_t y_stride_n = 0, y_stride_h = 0, y_stride_w = 0;
+  // Of a kernel that takes any batch (PreparedConv::takes_any_batch): images of this call; -1: those of the shape.
+  int64_t images = -1;
+
+  int64_t batch(const ConvShape& s) const { return images < 0 ? s.N : images; }
 
   int64_t y_at(const ConvShape& s, int64_t n, int64_t p, int64_t q) const {
     if (y_stride_w == 0) return ((n * s.P + p) * s.Q + q) * s.K;

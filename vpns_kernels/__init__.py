@@ -1,5 +1,7 @@
 """Pack a masked layer and run it: patterns, formats, ops and their kernels. Usable without the trainer."""
 
+from typing import Any
+
 from vpns_kernels.cost import LayerQuery
 from vpns_kernels.explain import explain
 from vpns_kernels.formats import Packed, pack, unpack
@@ -40,3 +42,12 @@ __all__ = [
     "sparse_conv2d_fused",
     "unpack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Not above: what the engine imports takes longer than all else together.
+    if name in ("Engine", "compile", "load"):
+        from vpns_kernels import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

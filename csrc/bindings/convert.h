@@ -58,5 +58,6 @@ void bind_batch_norm_act(pybind11::module_& m);
 void bind_gradients(pybind11::module_& m);
 void bind_prompt_conv2d(pybind11::module_& m);
 void bind_masked(pybind11::module_& m);
+void bind_network(pybind11::module_& m);
 
 }  // namespace vpns

@@ -49,6 +49,7 @@ PYBIND11_MODULE(_native, m) {
 
   bind_gradients(m);
   bind_masked(m);
+  bind_network(m);
 
   py::class_<PreparedConv>(m, "PreparedConv")
       .def(

@@ -7,13 +7,17 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "cpu/batch_norm_act.h"
 #include "cpu/channel_mask.h"
+#include "cpu/depthwise.h"
+#include "cpu/elementwise.h"
 #include "cpu/phases.h"
+#include "cpu/pooling.h"
 #include "cpu/prompt_conv2d.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_block.h"
@@ -41,13 +45,20 @@ namespace {
 #include "cpu/weight_gradient_vectors.inl"
 #include "cpu/batch_norm_act.inl"
 #include "cpu/channel_mask.inl"
+#include "cpu/elementwise.inl"
+#include "cpu/pooling.inl"
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"
+#include "cpu/depthwise.inl"
 }  // namespace
 
 void run_block_avx2(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
 void run_block_grad_avx2(const BlockGradPlan& plan, const WeightGradCall& call) {
   run_block_grad<VectorProducts<float>>(plan, call);
+}
+
+void run_depthwise_avx2(const DepthwisePlan& plan, const ConvCall& call) {
+  with_types(call, [&](auto x, auto y) { run_depthwise<decltype(x), decltype(y)>(plan, call); });
 }
 
 PromptSteps run_prompt_steps_avx2() { return prompt_steps<float>(); }

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/depthwise.h"
 #include "cpu/phases.h"
 #include "cpu/prompt_conv2d.h"
 #include "cpu/scratch.h"
@@ -38,11 +39,16 @@ namespace {
 #include "cpu/weight_gradient_vectors.inl"
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"
+#include "cpu/depthwise.inl"
 }  // namespace
 
 void run_block_avx512(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
 void run_block_grad_avx512(const BlockGradPlan& plan, const WeightGradCall& call) {
   run_block_grad<VectorProducts<float>>(plan, call);
+}
+
+void run_depthwise_avx512(const DepthwisePlan& plan, const ConvCall& call) {
+  with_types(call, [&](auto x, auto y) { run_depthwise<decltype(x), decltype(y)>(plan, call); });
 }
 
 PromptSteps run_prompt_steps_avx512() { return prompt_steps<float>(); }

@@ -37,6 +37,8 @@ class PreparedConv {
  public:
   virtual ~PreparedConv() = default;
   virtual void run(const ConvCall& call) const = 0;
+  // Whether a call may bring another number of images than the shape it was prepared for (ConvCall::images).
+  virtual bool takes_any_batch() const { return false; }
   // The same layer with other values of the same layout, at less cost than preparing it; null where it has no such way.
   virtual std::unique_ptr<PreparedConv> refilled(const SparseWeights&, int /*threads*/) const { return nullptr; }
 };

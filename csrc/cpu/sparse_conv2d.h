@@ -34,6 +34,7 @@ inline float weight_at(const SparseWeights& weights, int64_t i) {
   return static_cast<const float*>(weights.values)[i];
 }
 
+void add_depthwise_kernels(std::vector<SparseConvKernel>& table);
 void add_amx_kernels(std::vector<SparseConvKernel>& table);
 void add_block_kernels(std::vector<SparseConvKernel>& table);
 void add_unstructured_kernels(std::vector<SparseConvKernel>& table);

@@ -15,6 +15,7 @@ class PreparedBlock final : public PreparedConv {
       : plan_(make_block_plan(s, weights, kLanes, kPairs)) {}
 
   void run(const ConvCall& call) const override { kRun(plan_, call); }
+  bool takes_any_batch() const override { return true; }
 
  private:
   BlockPlan plan_;

@@ -198,15 +198,16 @@ void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& st
 template <typename Cell, typename Load>
 void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, const Load& load) {
   const ConvShape& s = plan.shape;
+  const int64_t images = call.batch(s);
   const StoreSums store = pick_store(call);
   const int64_t pixel_cells = s.groups * plan.group_cells, image_cells = plan.rows * plan.cols * pixel_cells;
   const int64_t tiles_p = (s.P + plan.tile_p - 1) / plan.tile_p, tiles_q = (s.Q + plan.tile_q - 1) / plan.tile_q;
   // Small images share a task, for whole register tiles and longer use of each weight.
   const int64_t room = std::max<int64_t>(kBlockPlaneBytes / (plan.cell_bytes * image_cells), 1);
-  const int64_t most = std::clamp<int64_t>((s.N + 2 * call.threads - 1) / (2 * call.threads), 1, room);
-  const int64_t groups = tiles_p * tiles_q == 1 ? (s.N + most - 1) / most : s.N;
-  const int64_t tile_n = groups == 0 ? 1 : (s.N + groups - 1) / groups;
-  const int64_t tasks = (s.N + tile_n - 1) / tile_n * tiles_p * tiles_q;
+  const int64_t most = std::clamp<int64_t>((images + 2 * call.threads - 1) / (2 * call.threads), 1, room);
+  const int64_t groups = tiles_p * tiles_q == 1 ? (images + most - 1) / most : images;
+  const int64_t tile_n = groups == 0 ? 1 : (images + groups - 1) / groups;
+  const int64_t tasks = (images + tile_n - 1) / tile_n * tiles_p * tiles_q;
   if (tasks == 0) return;
   // Where there are few tasks, several threads share one: its planes are laid out once, its strips are split by cost.
   const int64_t parts = call.threads == 1 ? 1
@@ -228,7 +229,7 @@ void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, co
     const auto lay_out = [&](int64_t task, int64_t begin, int64_t end) {
       const int64_t q0 = task % tiles_q * plan.tile_q, p0 = task / tiles_q % tiles_p * plan.tile_p;
       const int64_t n0 = task / (tiles_q * tiles_p) * tile_n;
-      for (int64_t n = n0; n < std::min(n0 + tile_n, s.N); ++n)
+      for (int64_t n = n0; n < std::min(n0 + tile_n, images); ++n)
         load(n, p0, q0, begin, end, reinterpret_cast<Cell*>(planes_of(task)) + (n - n0) * image_cells);
     };
     if (shared) {
@@ -242,7 +243,7 @@ void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, co
       const int64_t q0 = task % tiles_q * plan.tile_q, p0 = task / tiles_q % tiles_p * plan.tile_p;
       const int64_t n0 = task / (tiles_q * tiles_p) * tile_n;
       pixels.count = 0;
-      for (int64_t n = n0; n < std::min(n0 + tile_n, s.N); ++n)
+      for (int64_t n = n0; n < std::min(n0 + tile_n, images); ++n)
         for (int64_t p = p0; p < std::min(p0 + plan.tile_p, s.P); ++p)
           for (int64_t q = q0; q < std::min(q0 + plan.tile_q, s.Q); ++q, ++pixels.count) {
             const int64_t row = (p - p0) * plan.h.step, col = (q - q0) * plan.w.step;

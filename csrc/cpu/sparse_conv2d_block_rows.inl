@@ -60,7 +60,7 @@ void store_sums(const BlockPlan& plan, const ConvCall& call, const BlockStrip& s
                 const int64_t* target, int64_t pixels) {
   const ConvShape& s = plan.shape;
   const Output<Y> out(call);
-  const bool streams = s.N * s.P * s.Q * s.K * static_cast<int64_t>(sizeof(Y)) >= kStreamedBytes;
+  const bool streams = call.batch(s) * s.P * s.Q * s.K * static_cast<int64_t>(sizeof(Y)) >= kStreamedBytes;
   const float* bias = call.bias ? static_cast<const float*>(call.bias) + strip.k0 : nullptr;
   for (int64_t m = 0; m < pixels; ++m, sums += 2 * kLanes) {
     const int64_t at = target[m] + strip.k0;

@@ -51,6 +51,8 @@ class PreparedScalar final : public PreparedConv {
       }
   }
 
+  bool takes_any_batch() const override { return true; }
+
   void run(const ConvCall& call) const override {
     if (call.x_dtype == DType::kF64) return run_typed<double, double>(call);
     if (call.x_dtype == DType::kBF16) return run_from<Bf16>(call);
@@ -90,7 +92,7 @@ class PreparedScalar final : public PreparedConv {
     Y* y = static_cast<Y*>(call.y);
     const Y* residual = static_cast<const Y*>(call.residual);
 #pragma omp parallel for num_threads(call.threads) schedule(static)
-    for (int64_t pixel = 0; pixel < s.N * s.P * s.Q; ++pixel) {
+    for (int64_t pixel = 0; pixel < call.batch(s) * s.P * s.Q; ++pixel) {
       const int64_t n = pixel / (s.P * s.Q), p = pixel / s.Q % s.P, q = pixel % s.Q;
       const int64_t at = call.y_at(s, n, p, q);
       for (int64_t k = 0; k < s.K; ++k) {

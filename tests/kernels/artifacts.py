@@ -19,8 +19,8 @@ FILES = ("manifest.json", "plan.bin", "masks.safetensors", "weights.safetensors"
 LINEAR = ConvGeometry(10, 6, (1, 1))
 CONV = ConvGeometry(8, 12, (3, 3), (2, 1), (1, 1), (1, 2))
 GROUPED = ConvGeometry(8, 12, (3, 3), padding=(1, 1), groups=4)
-# Of plan.bin, see its docstring.
-HEADER, STEP = 64, 80
+# Of plan.bin, see the docstring of plan_file.
+HEADER, STEP = 96, 112
 
 
 def make_layer(

@@ -23,7 +23,8 @@ from tests.kernels.artifacts import (
 )
 from vpns_kernels import unpack
 from vpns_kernels.engine import ArtifactError, read_artifact
-from vpns_kernels.engine.plan import encode_plan
+from vpns_kernels.engine.plan import plan_of_layers
+from vpns_kernels.engine.plan_file import encode_plan
 
 
 @pytest.fixture(scope="module")
@@ -116,27 +117,37 @@ def plan_cases() -> dict[str, tuple[int, str, int, str]]:
     tensor = HEADER + STEP * len(made) + 64 * before
     return {
         "magic": (0, "<B", 0, "magic"),
-        "version": (8, "<I", 2, "version 1"),
+        "version": (8, "<I", 3, "version 2"),
         "steps": (12, "<I", 2**32 - 1, "tables"),
         "tensors": (16, "<I", 2**32 - 1, "tables"),
+        "values": (20, "<I", 2**32 - 1, "tables"),
         "size": (24, "<Q", 2**63, "size"),
-        "names place": (48, "<Q", 2**64 - 1, "tables"),
-        "names size": (56, "<Q", 2**64 - 1, "tables within"),
+        "names place": (56, "<Q", 2**64 - 1, "tables"),
+        "names size": (64, "<Q", 2**64 - 1, "tables within"),
+        "input": (72, "<I", 0, "a value below 0 or none"),
+        "images": (80, "<I", 0, "1 to 4096 images"),
+        "flat": (84, "<I", 2, "0 or 1 for a flat output"),
+        "reserved": (88, "<I", 1, "reserved"),
         "name place": (step, "<I", 0, "a name at"),
         "name size": (step + 4, "<I", 2**32 - 1, "names of"),
-        "op": (step + 16, "<I", 2, "op, flags"),
-        "linear conv": (step + 16, "<I", 1, "linear layer"),
-        "flags": (step + 20, "<I", 4, "op, flags"),
-        "first tensor": (step + 24, "<I", 0, "first tensor"),
-        "tensor count": (step + 28, "<I", 5, "tensors of conv"),
-        "no channels": (step + 32, "<I", 0, "in_channels"),
-        "huge channels": (step + 36, "<I", 2**32 - 1, r"2\^31"),
-        "other channels": (step + 36, "<I", 13, "indptr"),
-        "no kernel": (step + 40, "<I", 0, "kernel_size"),
-        "stride": (step + 48, "<I", 0, "stride"),
-        "huge padding": (step + 56, "<I", 2**31, r"2\^31"),
-        "groups": (step + 72, "<I", 3, "groups"),
-        "reserved": (step + 76, "<I", 1, "reserved"),
+        "pattern place": (step + 8, "<I", 0, "a name at"),
+        "kernel place": (step + 16, "<I", 0, "a name at"),
+        "op": (step + 24, "<I", 8, "op, flags"),
+        "other op": (step + 24, "<I", 2, "no weights"),
+        "linear conv": (step + 24, "<I", 1, "linear layer"),
+        "flags": (step + 28, "<I", 8, "op, flags"),
+        "first tensor": (step + 32, "<I", 0, "first tensor"),
+        "tensor count": (step + 36, "<I", 5, "tensors of conv"),
+        "read value": (step + 40, "<I", 0, "a value below 0 or none"),
+        "activation": (step + 56, "<I", 3, "op, flags"),
+        "no channels": (step + 60, "<I", 0, "in_channels"),
+        "huge channels": (step + 64, "<I", 2**32 - 1, r"2\^31"),
+        "other channels": (step + 64, "<I", 13, "indptr"),
+        "no kernel": (step + 68, "<I", 0, "kernel_size"),
+        "stride": (step + 76, "<I", 0, "stride"),
+        "huge padding": (step + 84, "<I", 2**31, r"2\^31"),
+        "groups": (step + 100, "<I", 3, "groups"),
+        "reserved of a step": (step + 104, "<I", 1, "reserved"),
         "dtype": (tensor + 8, "<I", 9, "dtype, rank"),
         "half indices": (tensor + 64 + 8, "<I", 5, "within the file"),
         "wrong dtype": (tensor + 8, "<I", 1, "within the file"),
@@ -153,7 +164,7 @@ def plan_cases() -> dict[str, tuple[int, str, int, str]]:
 
 def tensor_gap() -> int:
     """Offset of the byte before the second tensor's data, which no tensor holds."""
-    plan = b"".join(encode_plan([layer for layer, _ in make_layers().values()]))
+    plan = b"".join(encode_plan(plan_of_layers([layer for layer, _ in make_layers().values()])))
     offset: int = struct.unpack_from("<Q", plan, HEADER + STEP * len(make_layers()) + 64 + 48)[0]
     return offset - 1
 

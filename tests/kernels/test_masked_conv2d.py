@@ -169,10 +169,11 @@ def inputs_of(args: dict[str, Any], grad: Tensor) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("kernel", FORWARD_KERNELS)
 def test_every_kernel_takes_what_is_packed_for_either_direction(kernel: str) -> None:
-    spec = "unstructured" if kernel.startswith("unstructured") else "block:16x16"
+    is_depthwise = kernel.startswith("depthwise")
+    spec = "unstructured" if kernel.startswith(("unstructured", "depthwise")) else "block:16x16"
     takes_halves = any(word in kernel for word in ("bf16", "fp16", "amx"))
     for dtype in (torch.bfloat16,) if takes_halves else (torch.float32, torch.bfloat16):
-        for shape in ("3x3_stride_2", "primes"):
+        for shape in ("depthwise",) if is_depthwise else ("3x3_stride_2", "primes"):
             args = build_args(shape, spec, 0.3, "channels_last", dtype, False)
             y = masked_conv2d(**args, backend="reference")
             grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(dtype)

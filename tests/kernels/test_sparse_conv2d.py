@@ -34,10 +34,13 @@ def layer(spec: str, density: float = 0.2, dtype: torch.dtype = torch.float32) -
     return {"x": x, "values": packed.values, "layout": packed.layout, "geometry": geometry}
 
 
-def takes(kernel: str, values: torch.Tensor, x: torch.Tensor) -> bool:
+def takes(kernel: str, values: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry) -> bool:
     """What the kernels promise: scalar everything, amx and bf16 bf16 weights, the others float32 sums."""
     if kernel == "scalar":
         return True
+    if kernel.startswith("depthwise"):
+        is_depthwise = geometry.groups == geometry.in_channels == geometry.out_channels
+        return is_depthwise and values.dim() == 1 and x.dtype != torch.float64
     family = {1: "unstructured", 3: "block", 4: "channel"}[values.dim()]
     if not kernel.startswith(f"{family}_") or x.dtype == torch.float64:
         return False
@@ -56,7 +59,7 @@ def test_every_native_kernel_meets_the_bound_on_every_case_it_takes(kernel: str)
     for case in CASES:
         args = case.build()
         x, values, layout, geometry = (args[name] for name in ("x", "values", "layout", "geometry"))
-        if not takes(kernel, values, x):
+        if not takes(kernel, values, x, geometry):
             with pytest.raises(ValueError, match=kernel):
                 Prepared(values, layout, geometry, x.shape, x.dtype, kernel)
             continue

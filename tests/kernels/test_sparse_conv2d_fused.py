@@ -25,7 +25,10 @@ OUT = (17, 32, 9, 10)
 
 
 def layer(spec: str, density: float = 0.2, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    geometry, pattern = ConvGeometry(48, 32, (3, 3), padding=(1, 1)), parse_pattern(spec)
+    is_depthwise = spec == "depthwise"
+    C, groups = (32, 32) if is_depthwise else (48, 1)
+    geometry = ConvGeometry(C, 32, (3, 3), padding=(1, 1), groups=groups)
+    pattern = parse_pattern("unstructured" if is_depthwise else spec)
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(geometry.weight_shape, generator=generator).to(dtype)
     if spec == "channel":
@@ -36,7 +39,7 @@ def layer(spec: str, density: float = 0.2, dtype: torch.dtype = torch.float32) -
         mask = pattern.expand(units, geometry.weight_shape).contiguous()
     packed = pack(weight, mask, pattern, geometry)
     return {
-        "x": torch.randn(17, 48, 9, 10, generator=generator).to(dtype),
+        "x": torch.randn(17, C, 9, 10, generator=generator).to(dtype),
         "values": packed.values,
         "layout": packed.layout,
         "geometry": geometry,
@@ -186,7 +189,8 @@ def test_nan_and_infinity_of_x_act_as_in_a_layer_of_the_kept_weights_alone(
 def test_nan_in_a_residual_passes_every_activation_and_reaches_its_own_output_alone(
     kernel: str, act: str
 ) -> None:
-    spec = "channel" if kernel.startswith("channel") else "block:16x16" if "block" in kernel else SPECS[0]
+    family = kernel.partition("_")[0]
+    spec = {"channel": "channel", "depthwise": "depthwise", "block": "block:16x16"}.get(family, SPECS[0])
     taken = 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         args = layer(spec, dtype=dtype)

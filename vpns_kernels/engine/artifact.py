@@ -30,7 +30,8 @@ from vpns_kernels.engine.manifest import (
     read_manifest,
     write_manifest,
 )
-from vpns_kernels.engine.plan import check_names, decode_plan, encode_plan
+from vpns_kernels.engine.plan import Plan, plan_of_layers
+from vpns_kernels.engine.plan_file import decode_plan, encode_plan
 from vpns_kernels.engine.tensors import (
     check_masks,
     decode_masks,
@@ -47,12 +48,19 @@ class Artifact:
     Args:
         folder: where it was found.
         manifest: all fields of manifest.json.
-        layers: in the order in which they were written.
+        plan: the network, or its layers alone.
+        plan_bytes: of plan.bin; the plan's tensors are views of it.
     """
 
     folder: Path
     manifest: dict[str, Any]
-    layers: tuple[PlanLayer, ...]
+    plan: Plan
+    plan_bytes: Tensor
+
+    @property
+    def layers(self) -> tuple[PlanLayer, ...]:
+        """Those with weights, in the order in which they were written."""
+        return self.plan.layers
 
     @cached_property
     def masks(self) -> dict[str, Tensor]:
@@ -70,7 +78,7 @@ class Artifact:
 def write_artifact(
     folder: Path,
     manifest: Mapping[str, Any],
-    layers: Sequence[PlanLayer],
+    plan: Plan | Sequence[PlanLayer],
     masks: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -78,6 +86,7 @@ def write_artifact(
 
     Args:
         manifest: JSON values; not format_version, files or digest, which are added.
+        plan: a network that can be run, or its layers alone.
         masks: bool, by name.
         weights: a state_dict with zeros in place.
 
@@ -87,11 +96,11 @@ def write_artifact(
             the complete new one.
     """
     fields = check_fields(manifest)
-    check_names(layers)
+    plan = plan if isinstance(plan, Plan) else plan_of_layers(plan)
     check_masks(masks)
 
     def write(new: Path) -> None:
-        files = {PLAN: write_file(new / PLAN, encode_plan(layers))}
+        files = {PLAN: write_file(new / PLAN, encode_plan(plan))}
         files[MASKS] = write_file(new / MASKS, [encode_masks(masks)])
         if weights is not None:
             files[WEIGHTS] = write_file(new / WEIGHTS, [encode_weights(weights)])
@@ -129,8 +138,8 @@ def read_artifact(folder: Path, verify: Literal["used", "all"] = "used") -> Arti
 
 def _open(folder: Path, verify: Literal["used", "all"]) -> Artifact:
     manifest = read_manifest(folder)
-    layers = decode_plan(read_listed(folder, manifest, PLAN), folder / PLAN)
-    artifact = Artifact(folder, manifest, layers)
+    data = read_listed(folder, manifest, PLAN)
+    artifact = Artifact(folder, manifest, decode_plan(data, folder / PLAN), data)
     if verify == "all":
         _ = artifact.masks, artifact.weights
     return artifact

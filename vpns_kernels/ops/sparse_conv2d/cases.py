@@ -31,6 +31,7 @@ GEOMETRIES: dict[str, tuple[ConvGeometry, tuple[int, int, int]]] = {
     "batch_0": (ConvGeometry(32, 32, (3, 3), padding=(1, 1)), (0, 14, 14)),
     "batch_1": (ConvGeometry(32, 32, (3, 3), padding=(1, 1)), (1, 56, 5)),
     "depthwise": (ConvGeometry(24, 24, (3, 3), padding=(1, 1), groups=24), (3, 9, 9)),
+    "depthwise_strided": (ConvGeometry(37, 37, (3, 5), (2, 3), (1, 4), (2, 1), groups=37), (2, 11, 23)),
     "even_filter": (ConvGeometry(16, 16, (2, 4), padding=(1, 2)), (2, 8, 8)),
 }
 # A density: the one unit that a random draw ranks first.
@@ -94,6 +95,11 @@ _ROWS: list[tuple[str, str, float, str, torch.dtype, bool]] = [
     for shape in GEOMETRIES
     for spec in PATTERNS
     if fits(shape, spec)
+]
+_ROWS += [
+    ("depthwise", "unstructured", density, memory, dtype, True)
+    for density in (ONE_UNIT, 0.7, 1.0)
+    for memory, dtype in (("sliced", torch.float32), ("channels_last", torch.bfloat16))
 ]
 for _spec in PATTERNS:
     _ROWS += [("3x3", _spec, density, "channels_last", torch.float32, True) for density in _DENSITIES]

@@ -1,0 +1,124 @@
+"""Is a stored engine the engine that was stored, and does nothing else become one?"""
+
+from __future__ import annotations
+
+import random
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.test_engine import build, images, prune
+from vpns_kernels import compile, load, native
+from vpns_kernels.engine import ArtifactError, Engine, Plan, read_artifact, write_artifact
+from vpns_kernels.engine.plan_file import decode_plan, encode_plan
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return compile(prune(build("residual"), "block:4x2", 0.4).eval(), images(4))
+
+
+def test_a_stored_engine_gives_the_same_bits(engine: Engine, tmp_path: Path) -> None:
+    engine.save(tmp_path / "engine")
+    opened = load(tmp_path / "engine")
+    assert torch.equal(opened(images(7)), engine(images(7)))
+    assert (opened.kernels, opened.reports) == (engine.kernels, engine.reports)
+    assert str(opened.explain(quiet=True)) == str(engine.explain(quiet=True))
+    engine.save(tmp_path / "engine")
+    assert torch.equal(load(tmp_path / "engine", threads=1)(images(2)), engine(images(2)))
+
+
+def test_a_plan_is_decoded_as_it_was_encoded(engine: Engine, tmp_path: Path) -> None:
+    data = torch.frombuffer(bytearray(b"".join(encode_plan(engine.plan))), dtype=torch.uint8)
+    plan = decode_plan(data, tmp_path)
+    assert b"".join(encode_plan(plan)) == data.numpy().tobytes()
+    assert (plan.values, plan.input, plan.output, plan.chunk, plan.is_flat) == (
+        engine.plan.values, engine.plan.input, engine.plan.output, engine.plan.chunk, True,
+    )  # fmt: skip
+
+
+def test_layers_without_a_network_are_refused(engine: Engine, tmp_path: Path) -> None:
+    write_artifact(tmp_path / "layers", {}, engine.plan.layers, {})
+    with pytest.raises(ArtifactError, match=r"expected a compiled network in .* got its layers alone"):
+        load(tmp_path / "layers")
+
+
+def test_another_artifact_with_a_network_is_refused_without_its_reports(
+    engine: Engine, tmp_path: Path
+) -> None:
+    write_artifact(tmp_path / "foreign", {}, engine.plan, {})
+    with pytest.raises(ArtifactError, match="expected an engine in"):
+        load(tmp_path / "foreign")
+
+
+def test_on_a_weaker_machine_other_kernels_run_it_and_the_report_says_so(
+    engine: Engine, tmp_path: Path
+) -> None:
+    engine.save(tmp_path / "engine")
+    if not any("avx512" in kernel for kernel in engine.kernels):
+        pytest.skip("no AVX-512 here")
+    native.library().isa_cap("avx2")
+    try:
+        weaker = load(tmp_path / "engine")
+        assert not any("avx512" in kernel for kernel in weaker.kernels)
+        assert "which this CPU has not" in str(weaker.explain(quiet=True))
+        torch.testing.assert_close(weaker(images(3)), engine(images(3)), rtol=0.05, atol=0.05)
+    finally:
+        native.library().isa_cap("")
+
+
+def open_natively(data: bytes) -> None:
+    """What a C++ program does with a plan, and one image through it."""
+    bytes_ = torch.frombuffer(bytearray(data), dtype=torch.uint8).clone()
+    network = native.library().Network(bytes_.data_ptr(), bytes_.numel())
+    x, y = torch.zeros(1 << 16), torch.zeros(1 << 16)
+    if network.bytes_per_image < 1 << 20:
+        network.run(
+            native.library().ExecutionContext(), x.data_ptr(), "float32", [0, 1, 1, 1],
+            y.data_ptr(), "float32", [0, 1, 1, 1], 1, 1,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["residual", "vgg", "depthwise"])
+def test_a_hostile_plan_is_refused_or_valid_and_never_crashes(kind: str, tmp_path: Path) -> None:
+    """C++ reads what nobody has hashed: bits, numbers and lengths of its tables are changed at random."""
+    network = prune(build(kind), "unstructured", 0.4).eval()
+    plan: Plan = compile(network, images(1), "float32").plan
+    good = b"".join(encode_plan(plan))
+    open_natively(good)
+    tables = struct.unpack_from("<Q", good, 56)[0]
+    chance, refused = random.Random(5), 0
+    for number in range(400):
+        data = bytearray(good)
+        place = chance.randrange(tables // 4) * 4 if number % 4 else chance.randrange(len(data) // 4) * 4
+        change = chance.randrange(4)
+        old = struct.unpack_from("<I", data, place)[0]
+        new = [old ^ 1 << chance.randrange(32), chance.randrange(1 << 32), chance.randrange(8), old + 1][
+            change
+        ]
+        struct.pack_into("<I", data, place, new % (1 << 32))
+        cut = bytes(data[: chance.randrange(len(data))]) if number % 10 == 0 else bytes(data)
+        try:
+            open_natively(cut)
+        except (ValueError, MemoryError):
+            refused += 1
+    assert 150 < refused < 400
+
+
+def test_what_stands_there_is_not_overwritten_by_an_engine(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("mine")
+    with pytest.raises(ArtifactError, match="expected no folder or an artifact"):
+        engine.save(tmp_path / "precious")
+    assert (tmp_path / "precious" / "file").read_text() == "mine"
+
+
+def test_the_artifact_lists_what_it_is(engine: Engine, tmp_path: Path) -> None:
+    engine.save(tmp_path / "engine")
+    artifact = read_artifact(tmp_path / "engine", verify="all")
+    assert artifact.manifest["kind"] == "engine"
+    assert [layer.name for layer in artifact.layers] == [
+        s.name for s in engine.plan.steps if s.layer is not None
+    ]

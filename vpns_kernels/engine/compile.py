@@ -1,0 +1,145 @@
+"""How does a network become an Engine? Traced, lowered, packed, and timed step by step on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vpns_kernels import native
+from vpns_kernels.engine.drafts import Lowered
+from vpns_kernels.engine.engine import Engine
+from vpns_kernels.engine.lower import lower
+from vpns_kernels.engine.plan import Plan
+from vpns_kernels.engine.report import StepReport
+from vpns_kernels.engine.select import draft_plan
+from vpns_kernels.engine.trace import trace_network
+
+DType = Literal["auto", "float32", "bfloat16"]
+# Images that a thread may take along at a time: few stay in its cache, many fill vectors of images.
+_CHUNKS = (1, 2, 4, 8, 16)
+_REPEATS = 3
+# A later candidate has to be this much faster: timings of the same thing differ as much.
+_CLEARLY = 0.97
+
+
+def compile(
+    model: nn.Module, example_input: Tensor, dtype: DType | torch.dtype = "auto", threads: int | None = None
+) -> Engine:
+    """Compile a pruned (or dense) network for this machine.
+
+    The network is traced; batch norms, residuals and activations become part of the layers before them; each
+    layer is packed by the pattern that its mask, or its zeros, obey. Then it is timed with and without what
+    was pruned, layer by layer, and each layer gets the faster of the two: dense is a normal choice.
+
+    Args:
+        model: any nn.Module in evaluation mode that takes one batch of images; masked networks, networks with
+            sparse layers, and plain ones pruned by any tool, whose zeros are their mask.
+        example_input: [N, C, H, W]. Height and width are fixed by it; the batch size is not, but what is
+            chosen serves batches of this size best.
+        dtype: of activations and weights inside; "auto" takes bfloat16 where the CPU multiplies it natively.
+            Sums are float32.
+        threads: of each call; torch's number by default.
+
+    Raises:
+        ValueError, TypeError: a model in training mode, another input.
+        TraceError: torch.export cannot follow the network.
+        LoweringError: an operation that no native step computes.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+        >>> engine = compile(network, torch.zeros(1, 3, 8, 8))
+        >>> engine(torch.zeros(5, 3, 8, 8)).shape
+        torch.Size([5, 4])
+    """
+    _check_input(example_input)
+    chosen = _dtype(dtype)
+    example = example_input.detach().float()
+    lowered = lower(trace_network(model, example))
+    threads_now = threads or torch.get_num_threads()
+    best: _Timed | None = None
+    for chunk in _CHUNKS:
+        if best is not None and chunk * threads_now > len(example):
+            break
+        timed = _time(lowered, chosen, chunk, example, threads_now)
+        if best is None or timed.ms_per_image < _CLEARLY * best.ms_per_image:
+            best = timed
+    assert best is not None
+    return Engine(draft_plan(lowered, chosen, best.is_sparse, best.chunk), best.reports, threads=threads)
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What one number of images at a time gives: the better form of each layer, and how long all take."""
+
+    chunk: int
+    ms_per_image: float
+    is_sparse: dict[str, bool]
+    reports: list[StepReport]
+
+
+def _time(lowered: Lowered, dtype: torch.dtype, chunk: int, example: Tensor, threads: int) -> _Timed:
+    x = example[: chunk * threads]
+    sparse = _profile(lowered, dtype, {}, chunk, x, threads)
+    names = [step.name for step in sparse.plan.steps]
+    pruned = [draft.kept is not None and not bool(draft.kept.all()) for draft in lowered.steps]
+    dense = (
+        _profile(lowered, dtype, dict.fromkeys(names, False), chunk, x, threads) if any(pruned) else sparse
+    )
+    reports = []
+    per_image_ms = 1e3 / len(x)
+    for place, step in enumerate(sparse.plan.steps):
+        ours, theirs = sparse.seconds[place] * per_image_ms, dense.seconds[place] * per_image_ms
+        takes_sparse = pruned[place] and ours < theirs
+        kernel = (sparse if takes_sparse else dense).kernels[place]
+        known = (ours if pruned[place] else None, theirs if step.layer is not None else None)
+        reports.append(StepReport(step.name, *known, ours if takes_sparse else theirs, kernel))
+    total = sum(report.ms for report in reports)
+    return _Timed(chunk, total, {report.name: report.is_sparse for report in reports}, reports)
+
+
+@dataclass(frozen=True)
+class _Profile:
+    plan: Plan
+    seconds: list[float]
+    kernels: list[str]
+
+
+def _profile(
+    lowered: Lowered, dtype: torch.dtype, is_sparse: Mapping[str, bool], chunk: int, x: Tensor, threads: int
+) -> _Profile:
+    engine = Engine(draft_plan(lowered, dtype, dict(is_sparse), chunk), threads=threads)
+    engine(x)
+    runs = [engine.profile(x) for _ in range(_REPEATS)]
+    return _Profile(engine.plan, [min(times) for times in zip(*runs, strict=True)], engine.kernels)
+
+
+def _dtype(dtype: DType | torch.dtype) -> torch.dtype:
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        has = native.has_isa("avx512_bf16") or native.has_isa("amx")
+        return torch.bfloat16 if has else torch.float32
+    found = named.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in named.values():
+        raise ValueError(f"compile: expected dtype 'auto', 'float32' or 'bfloat16', got {dtype!r}")
+    assert found is not None
+    return found
+
+
+def _check_input(example: Tensor) -> None:
+    if not isinstance(example, Tensor):
+        raise TypeError(f"compile: expected a tensor as example_input, got {type(example).__name__}")
+    if example.dim() != 4 or not example.is_floating_point() or 0 in example.shape:
+        raise ValueError(
+            "compile: expected a floating example_input [N, C, H, W], "
+            f"got {example.dtype} {list(example.shape)}"
+        )
+    if example.device.type != "cpu":
+        raise ValueError(
+            f"compile: expected example_input on the CPU, got {example.device} (GPU networks: use torch)"
+        )

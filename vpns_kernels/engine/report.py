@@ -1,0 +1,141 @@
+"""I pruned it: why is it not faster? What each step of a compiled network costs, and why it runs so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vpns_kernels.engine.plan import Plan, PlanStep
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What compiling measured of a step, per image.
+
+    Args:
+        sparse_ms: without what was pruned; None where nothing was.
+        dense_ms: with everything; None of a step without weights.
+        ms: of what was chosen.
+        kernel: that runs it; empty without weights.
+    """
+
+    name: str
+    sparse_ms: float | None
+    dense_ms: float | None
+    ms: float
+    kernel: str
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether what was pruned is left out."""
+        return self.sparse_ms is not None and self.ms == self.sparse_ms
+
+    @property
+    def reason(self) -> str:
+        """Why the step runs as it does, in words."""
+        if self.dense_ms is None:
+            return "no weights"
+        if self.sparse_ms is None:
+            return "nothing is pruned"
+        if self.is_sparse:
+            return f"{self.dense_ms / self.sparse_ms:.1f}x dense"
+        return f"dense is faster here: {self.dense_ms:.3f} ms against {self.sparse_ms:.3f} ms sparse"
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """All steps of an engine; as a string, a table for people."""
+
+    plan: Plan
+    steps: tuple[StepReport, ...]
+    threads: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sparse_flops_share(self) -> float:
+        """Of the dense network's multiplications, how many are in layers that run sparsely."""
+        flops = [_flops(self.plan, step) for step in self.plan.steps]
+        ran = sum(f for f, report in zip(flops, self.steps, strict=True) if report.is_sparse)
+        return ran / max(sum(flops), 1)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of each step: name, op, shape, pattern, density, ms per image, kernel, reason and share."""
+        total = sum(report.ms for report in self.steps)
+        rows = []
+        for step, report in zip(self.plan.steps, self.steps, strict=True):
+            layer = step.layer
+            rows.append(
+                {
+                    "op": step.op,
+                    "shape": _shape(self.plan, step),
+                    "pattern": "" if layer is None else layer.packed.pattern.spec,
+                    "density": None if layer is None else layer.packed.density,
+                    **asdict(report),
+                    "is_sparse": report.is_sparse,
+                    "share": report.ms / total if total else 0.0,
+                    "reason": report.reason,
+                }
+            )
+        return rows
+
+    def __str__(self) -> str:
+        head = ("step", "shape", "pattern", "density", "dense ms", "sparse ms", "kernel", "share", "why")
+        table = [head]
+        for row in self.rows():
+            density = "" if row["density"] is None else f"{row['density']:.3f}"
+            times = ["" if row[key] is None else f"{row[key]:.4f}" for key in ("dense_ms", "sparse_ms")]
+            share = f"{row['share']:.1%}"
+            table.append(
+                (
+                    row["name"],
+                    row["shape"],
+                    row["pattern"],
+                    density,
+                    *times,
+                    row["kernel"] or row["op"],
+                    share,
+                    row["reason"],
+                )
+            )
+        total = sum(report.ms for report in self.steps)
+        chunk = self.plan.chunk
+        lines = [
+            f"{len(self.steps)} steps, {_dtype(self.plan)}, {self.threads} threads, "
+            f"{chunk} image{'s' if chunk > 1 else ''} at a time; {total:.3f} ms per image, "
+            f"{self.sparse_flops_share:.0%} of the dense multiplications in layers that run sparsely",
+            *self.notes,
+            *_align(table),
+        ]
+        return "\n".join(lines)
+
+
+def _align(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _shape(plan: Plan, step: PlanStep) -> str:
+    g = step.geometry
+    assert step.x is not None
+    x = plan.values[step.x]
+    if step.op == "linear":
+        return f"{g.in_channels}→{g.out_channels}"
+    if step.op != "conv2d":
+        return f"{x.channels} @{x.height}x{x.width}"
+    strides = "" if g.stride == (1, 1) else f" /{g.stride[0]}"
+    groups = "" if g.groups == 1 else f" in {g.groups} groups"
+    filters = f"{g.in_channels}→{g.out_channels} {g.kernel_size[0]}x{g.kernel_size[1]}"
+    return f"{filters}{strides}{groups} @{x.height}x{x.width}"
+
+
+def _flops(plan: Plan, step: PlanStep) -> int:
+    if step.layer is None or step.x is None:
+        return 0
+    x = plan.values[step.x]
+    return step.geometry.flops(1, x.height, x.width)
+
+
+def _dtype(plan: Plan) -> str:
+    assert plan.input is not None
+    return str(plan.values[plan.input].dtype)[6:]
