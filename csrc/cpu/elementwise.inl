@@ -14,12 +14,37 @@ void add_pixels(const AddCall& call) {
     });
 }
 
+// `count` elements side by side.
 template <typename From, typename To>
-void convert_element(const From& from, To& to) {
-  narrow(&to, widen(from));
+void convert_run(const From* from, int64_t count, To* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) store8(to + i, load8(from + i));
+  for (; i < count; ++i) narrow(to + i, widen(from[i]));
 }
 
-// Row by row: element (n, h, w, c) of the dense side is at ((n · H + h) · W + w) · C + c.
+// A row of pixels: `dense` [W, C], the other side by its strides. Conversions are by vectors where one side's channels or
+// pixels lie side by side; then only their order is left to change.
+template <bool kIn, typename From, typename To>
+void convert_row(const ConvertCall& call, const From* from, To* to) {
+  constexpr int64_t kPixels = 128;
+  const int64_t C = call.C, W = call.W;
+  if (call.stride_c == 1 && (call.stride_w == C || W == 1)) return convert_run(from, W * C, to);
+  To run[kPixels];
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t w = 0; w < W; w += kPixels) {
+      const int64_t count = std::min(kPixels, W - w);
+      const int64_t strided = w * call.stride_w + c * call.stride_c;
+      if constexpr (kIn) {
+        if (call.stride_w == 1) convert_run(from + strided, count, run);
+        else for (int64_t i = 0; i < count; ++i) narrow(run + i, widen(from[strided + i * call.stride_w]));
+        for (int64_t i = 0; i < count; ++i) to[(w + i) * C + c] = run[i];
+      } else {
+        for (int64_t i = 0; i < count; ++i) narrow(run + i, widen(from[(w + i) * C + c]));
+        for (int64_t i = 0; i < count; ++i) to[strided + i * call.stride_w] = run[i];
+      }
+    }
+}
+
 template <bool kIn, typename From, typename To>
 void convert_rows(const ConvertCall& call) {
   const From* const from = static_cast<const From*>(call.from);
@@ -28,12 +53,7 @@ void convert_rows(const ConvertCall& call) {
   for (int64_t row = 0; row < call.N * call.H; ++row) {
     const int64_t dense = row * call.W * call.C;
     const int64_t strided = row / call.H * call.stride_n + row % call.H * call.stride_h;
-    for (int64_t w = 0; w < call.W; ++w)
-      for (int64_t c = 0; c < call.C; ++c) {
-        const int64_t i = dense + w * call.C + c, j = strided + w * call.stride_w + c * call.stride_c;
-        if constexpr (kIn) convert_element(from[j], to[i]);
-        else convert_element(from[i], to[j]);
-      }
+    convert_row<kIn>(call, from + (kIn ? strided : dense), to + (kIn ? dense : strided));
   }
 }
 
