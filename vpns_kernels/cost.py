@@ -276,7 +276,11 @@ def _families(kernel: str) -> tuple[str, ...]:
             dense = (f"dense {kernel.rpartition(' ')[2]}", "dense float32")
             return (row, *(dense if stand_ins == ("dense",) else stand_ins))
     family = kernel.replace(" ", "_").partition("_")[0]
-    families = {"channel": ("channel", "block"), "compact": ("compact", "dense float32")}
+    families = {
+        "channel": ("channel", "block"),
+        "compact": ("compact", "dense float32"),
+        "depthwise": ("depthwise", "unstructured"),
+    }
     return families.get(family, (family,))
 
 

@@ -53,7 +53,7 @@ inline void draw_sizes(Case& c, bool large) {
   s.C = s.groups * (large ? pick({64, 96, 160, 257, 300}) / s.groups : channels);
   const int64_t filters = pick({1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 70});
   s.K = s.groups * (s.groups > 1 ? c.bk * pick({1, 2}) : filters);
-  if (c.format == Format::kUnstructured && one_in(12)) s.groups = s.K = s.C = channels;  // depthwise
+  if (c.format == Format::kUnstructured && one_in(4)) s.groups = s.K = s.C = channels;  // depthwise
   s.R = pick({1, 1, 2, 3, 3, 5, 7});
   s.S = one_in(2) ? s.R : pick({1, 1, 2, 3, 3, 5, 7});
   s.stride_h = pick({1, 1, 2, 3});
