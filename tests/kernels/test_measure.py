@@ -236,7 +236,15 @@ def test_an_engine_that_answers_wrongly_is_not_timed(monkeypatch: pytest.MonkeyP
     opponent = find_opponents(nn.Linear(3, 4), torch.randn(2, 3), ["wrong float32"])["wrong float32"]
     assert opponent.call is None
     assert opponent.why_not is not None
-    assert "off by 1 of the largest, more than the 0.001 of rounding" in opponent.why_not
+    assert "the largest is" in opponent.why_not
+    assert "more than the 0.001 of rounding" in opponent.why_not
+
+
+def test_a_layer_with_nothing_but_zeros_to_give_is_timed() -> None:
+    conv = nn.Conv2d(3, 4, 1, bias=False)
+    nn.init.zeros_(conv.weight)
+    found = find_opponents(conv, torch.randn(1, 3, 4, 4), ["torch float32", "torch bfloat16"])
+    assert all(opponent.call is not None for opponent in found.values())
 
 
 PEERS = ["onnxruntime float32", "openvino float32", "openvino bfloat16", "openvino int8"]
