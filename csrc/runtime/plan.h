@@ -24,7 +24,7 @@ enum class PlanOp : uint32_t { kConv2d, kLinear, kMaxPool, kAvgPool, kAdaptiveAv
 
 // One op: output[channels from first_channel on] = act(op(x) + residual).
 struct PlanStep {
-  std::string name, pattern, kernel;
+  std::string name, kernel;
   PlanOp op;
   bool native, counts_padding;
   uint32_t x, residual, output;  // values; residual may be kNoValue

@@ -1,7 +1,6 @@
 // Reads plan.bin: a table of values, of steps and of tensors, then names, then the tensors' data.
 #include <cstring>
 #include <limits>
-#include <string_view>
 
 #include "checks.h"
 #include "cpu/kernels.h"
@@ -134,7 +133,7 @@ class Reader {
   void read_step(int64_t at) {
     PlanStep step{};
     step.name = text(at);
-    step.pattern = text(at + 8);
+    text(at + 8);  // the pattern, for people: the weights' shape tells the format
     step.kernel = text(at + 16);
     const int64_t op = u32(at + 24), flags = u32(at + 28), count = u32(at + 36);
     check(op < static_cast<int64_t>(PlanOp::kCount), kMe, "an op that is known", op);

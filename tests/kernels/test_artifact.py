@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,26 +16,6 @@ from tests.kernels.artifacts import (
 )
 from vpns_kernels import pack, parse_pattern, unpack
 from vpns_kernels.engine import ArtifactError, PlanLayer, read_artifact, write_artifact
-
-
-@pytest.fixture(scope="module")
-def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("templates")
-    write_sample(folder / "whole")
-    write_sample(folder / "small", small=True)
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path: Path, templates: Path) -> Path:
-    shutil.copytree(templates / "whole", tmp_path / "artifact")
-    return tmp_path / "artifact"
-
-
-@pytest.fixture
-def small(tmp_path: Path, templates: Path) -> Path:
-    shutil.copytree(templates / "small", tmp_path / "artifact")
-    return tmp_path / "artifact"
 
 
 def test_what_is_read_is_what_was_written(folder: Path) -> None:

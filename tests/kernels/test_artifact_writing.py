@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -23,26 +22,6 @@ from tests.kernels.artifacts import (
 )
 from vpns_kernels import Packed, parse_pattern
 from vpns_kernels.engine import ArtifactError, PlanLayer, read_artifact, write_artifact
-
-
-@pytest.fixture(scope="module")
-def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("templates")
-    write_sample(folder / "whole")
-    write_sample(folder / "small", small=True)
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path: Path, templates: Path) -> Path:
-    shutil.copytree(templates / "whole", tmp_path / "artifact")
-    return tmp_path / "artifact"
-
-
-@pytest.fixture
-def small(tmp_path: Path, templates: Path) -> Path:
-    shutil.copytree(templates / "small", tmp_path / "artifact")
-    return tmp_path / "artifact"
 
 
 def test_a_folder_that_is_no_artifact_is_left_alone(tmp_path: Path, folder: Path) -> None:

@@ -25,6 +25,7 @@ def test_a_stored_engine_gives_the_same_bits(engine: Engine, tmp_path: Path) -> 
     opened = load(tmp_path / "engine")
     assert torch.equal(opened(images(7)), engine(images(7)))
     assert (opened.kernels, opened.reports) == (engine.kernels, engine.reports)
+    assert [step.kernel for step in opened.plan.steps] == engine.kernels
     assert str(opened.explain(quiet=True)) == str(engine.explain(quiet=True))
     engine.save(tmp_path / "engine")
     assert torch.equal(load(tmp_path / "engine", threads=1)(images(2)), engine(images(2)))
@@ -37,6 +38,11 @@ def test_a_plan_is_decoded_as_it_was_encoded(engine: Engine, tmp_path: Path) -> 
     assert (plan.values, plan.input, plan.output, plan.chunk, plan.is_flat) == (
         engine.plan.values, engine.plan.input, engine.plan.output, engine.plan.chunk, True,
     )  # fmt: skip
+
+
+def test_a_bare_plan_has_nothing_to_explain(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="expected an engine that compile has measured"):
+        Engine(engine.plan).explain()
 
 
 def test_layers_without_a_network_are_refused(engine: Engine, tmp_path: Path) -> None:

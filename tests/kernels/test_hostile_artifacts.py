@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,32 +18,11 @@ from tests.kernels.artifacts import (
     make_layers,
     resign,
     use_all,
-    write_sample,
 )
 from vpns_kernels import unpack
 from vpns_kernels.engine import ArtifactError, read_artifact
 from vpns_kernels.engine.plan import plan_of_layers
 from vpns_kernels.engine.plan_file import encode_plan
-
-
-@pytest.fixture(scope="module")
-def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("templates")
-    write_sample(folder / "whole")
-    write_sample(folder / "small", small=True)
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path: Path, templates: Path) -> Path:
-    shutil.copytree(templates / "whole", tmp_path / "artifact")
-    return tmp_path / "artifact"
-
-
-@pytest.fixture
-def small(tmp_path: Path, templates: Path) -> Path:
-    shutil.copytree(templates / "small", tmp_path / "artifact")
-    return tmp_path / "artifact"
 
 
 @pytest.mark.parametrize("name", FILES)

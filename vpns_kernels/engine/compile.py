@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -70,7 +70,11 @@ def compile(
         if best is None or timed.ms_per_image < _CLEARLY * best.ms_per_image:
             best = timed
     assert best is not None
-    return Engine(draft_plan(lowered, chosen, best.is_sparse, best.chunk), best.reports, threads=threads)
+    plan = draft_plan(lowered, chosen, best.is_sparse, best.chunk)
+    steps = [
+        replace(step, kernel=report.kernel) for step, report in zip(plan.steps, best.reports, strict=True)
+    ]
+    return Engine(replace(plan, steps=tuple(steps)), best.reports, threads=threads)
 
 
 @dataclass(frozen=True)

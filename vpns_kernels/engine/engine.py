@@ -64,7 +64,13 @@ class Engine:
         return self._run(x, 0)
 
     def explain(self, quiet: bool = False) -> EngineReport:
-        """Print and return what each step costs, as compiling measured it, and why it runs as it does."""
+        """Print and return what each step costs, as compiling measured it, and why it runs as it does.
+
+        Raises:
+            ValueError: an engine made of a plan that nobody has measured.
+        """
+        if not self.reports:
+            raise ValueError("explain: expected an engine that compile has measured, got one of a bare plan")
         notes = []
         for report, kernel in zip(self.reports, self.kernels, strict=True):
             if report.kernel != kernel:
