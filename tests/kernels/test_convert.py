@@ -185,6 +185,8 @@ def test_packed_layers_train_under_distributed_data_parallel(tmp_path: Path, spe
         wrapped = nn.parallel.DistributedDataParallel(sparse)
         wrapped(x).square().sum().backward()
         found = {name: parameter.grad.clone() for name, parameter in sparse.named_parameters()}
+        # Before its group, whose last owner waits for threads while it holds the lock that they need.
+        del wrapped
     finally:
         dist.destroy_process_group()
     sparse.zero_grad()

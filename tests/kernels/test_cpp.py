@@ -82,12 +82,14 @@ def test_every_native_kernel_passes_100_rounds_under_the_sanitizers(sanitized: P
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("seed", [2, 3, 4])
 def test_every_native_kernel_passes_2000_random_rounds(program: Path, seed: int) -> None:
     assert_passes(program, 2000, seed)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("seed", [2, 3])
 def test_every_native_kernel_passes_600_rounds_under_the_sanitizers(sanitized: Path, seed: int) -> None:
     assert_passes(sanitized, 600, seed)

@@ -15,6 +15,7 @@ SEEDS = range(5)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 def test_accuracies_of_five_seeds_overlap(tmp_path: Path) -> None:
     # Pretrained once: what is compared begins behind it.
     execute(tmp_path / "letters", RunConfig(threads=2), "pretrain")
