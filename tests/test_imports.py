@@ -46,7 +46,7 @@ KERNEL_ROOMS = [
     ),
 ]
 TRAINER_ROOMS = [
-    ("vpns.cli", "vpns.__main__", "vpns.option_help"),
+    ("vpns.cli", "vpns.__main__", "vpns.option_help", "vpns.data_command"),
     ("vpns.run",),
     ("vpns.stages", "vpns.report", "vpns.deploy", "vpns.doctor", "vpns.bench", "vpns.exchange"),
     (
@@ -62,7 +62,7 @@ TRAINER_ROOMS = [
         "vpns.batches",
     ),
     ("vpns.methods", "vpns.prompt", "vpns.masking", "vpns.label_map", "vpns.data", "vpns.models"),
-    ("vpns.files",),
+    ("vpns.files", "vpns.torchvision"),
     ("vpns.config", "vpns.bench_options"),
 ]
 # Known exceptions, each with its reason.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vpns.config import DataConfig
-from vpns.data import Split, make_batch
+from vpns.data import Split, crop_from, make_batch
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def iterate_epoch(
                 derive_seed(seed, stage, "augment", epoch, iteration, number)
             )
             part = split.select(orders[number][iteration].to(split.labels.device))
+            stored = part.images_for(crop_from(size) if kind.augmented and data.crop else size)
             images = make_batch(
-                part.images, size, generator if kind.augmented else None, flip=data.flip, crop=data.crop
+                stored, size, generator if kind.augmented else None, flip=data.flip, crop=data.crop
             )
             batches.append(Batch(images, part.labels, kind.prompted))
         yield tuple(batches)
@@ -87,8 +88,9 @@ def iterate_epoch(
 
 def iterate_split(split: Split, size: int, prompted: bool, batch_size: int = 256) -> Iterator[Batch]:
     """The images of a split in order, as at test time."""
-    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
-        yield Batch(make_batch(images, size), labels, prompted)
+    for rows in torch.arange(len(split), device=split.labels.device).split(batch_size):
+        part = split.select(rows)
+        yield Batch(make_batch(part.images_for(size), size), part.labels, prompted)
 
 
 def _order(split: Split, seed: int) -> Tensor:

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from vpns.bench_options import find_bench, parse_bench
 from vpns.config import RunConfig, flatten
+from vpns.data_command import parse_data, run_data
 from vpns.option_help import describe_options
 
 Format = Literal["artifact", "onnx", "torch"]
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _examine(arguments)
         if (options := find_bench(arguments)) is not None:
             return _bench(options)
+        if list(arguments[:1]) == ["data"]:
+            return 0 if run_data(parse_data(arguments[1:])) else EXIT_ERROR
         asked = parse(arguments)
     except (ArgumentError, *_USER_ERRORS) as error:
         return _complain(error)
@@ -53,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from vpns.run import execute
 
     try:
+        if asked.downloads:
+            from vpns.data.download import download_data
+
+            download_data(asked.config.data.name, asked.config.data.root)
         until = "report" if asked.command == "run" else asked.command
         execute(asked.folder, asked.config, until, [Progress()], checks=asked.checks)
         if asked.format in ("onnx", "torch"):
@@ -77,6 +84,7 @@ class Asked:
         is_debug: whether to show tracebacks.
         checks: whether search and tune compare their kernels with the dense reference before they train.
         format: what `export` writes beside the artifact.
+        downloads: whether to fetch the data set first, where it is not there.
     """
 
     folder: Path
@@ -85,6 +93,7 @@ class Asked:
     is_debug: bool = False
     checks: bool = False
     format: Format = "artifact"
+    downloads: bool = False
 
 
 def parse(arguments: Sequence[str]) -> Asked:
@@ -101,7 +110,15 @@ def parse(arguments: Sequence[str]) -> Asked:
         command, chosen = _parse_with(stored, arguments)
     values = chosen.as_dict()
     config = RunConfig.from_dict({field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
-    return Asked(folder, command, config, chosen.debug, chosen.check, chosen.get("format") or "artifact")
+    return Asked(
+        folder,
+        command,
+        config,
+        is_debug=chosen.debug,
+        checks=chosen.check,
+        format=chosen.get("format") or "artifact",
+        downloads=chosen.download,
+    )
 
 
 def _parse_with(defaults: dict[str, Any], arguments: Sequence[str]) -> tuple[str, Namespace]:
@@ -148,6 +165,8 @@ def _build_parser(arguments: Sequence[str], defaults: dict[str, Any]) -> Argumen
         command.add_argument("--debug", action="store_true", help="show where an error comes from")
         check = "before search and tune train, compare 20 iterations with the dense reference"
         command.add_argument("--check", action="store_true", help=check)
+        fetch = "fetch data.name into data.root first, where it is not there"
+        command.add_argument("--download", action="store_true", help=fetch)
         if name == "export":
             command.add_argument(
                 "--format", type=Format, default="artifact", help="also as ONNX, or as torch's state_dict"
@@ -157,6 +176,8 @@ def _build_parser(arguments: Sequence[str], defaults: dict[str, Any]) -> Argumen
             describe_options(command, RunConfig)
             command.set_defaults(defaults)
         commands.add_subcommand(name, command, help=help_text)
+    data = ArgumentParser(exit_on_error=False)  # Listed here, parsed by vpns.data_command.
+    commands.add_subcommand("data", data, help="check a folder of images, or download a published data set")
     doctor = ArgumentParser(exit_on_error=False)
     doctor.add_argument("--json", action="store_true", help="for programs")
     commands.add_subcommand("doctor", doctor, help="say what this machine can run and what to expect of it")

@@ -22,11 +22,15 @@ class DataConfig:
     """The target task.
 
     Args:
-        name: "digits" (embedded) or "folder" (images in root/<class>/, or in root/{train,val,test}/<class>/).
-        root: the image folder.
+        name: digits (embedded), folder (images in root/<class>/, or in root/{train,val,test}/<class>/), or a
+            published set as it lies below root: cifar10, cifar100, tiny-imagenet, dtd, flowers102,
+            flowers102-coop, food101, oxford-pets, stanford-cars, imagenet.
+        root: the folder of the images.
         train_count: digits only: how many labelled training images; null for all.
         val_fraction: share of the images, in (0, 1), that selects checkpoints and is not trained on.
-        load_size: side in pixels at which images are kept in memory; 0 for their own, or the canvas.
+        load_size: side in pixels at which images are kept; 0 for their own, or the canvas (and 9/8 of it, of
+            which training images are cut).
+        cache: folder of decoded images; null for $VPNS_CACHE, or vpns in the user's own cache.
         flip: mirror training images at random.
         crop: cut training images at random out of 9/8 of the size.
     """
@@ -36,6 +40,7 @@ class DataConfig:
     train_count: int | None = 100
     val_fraction: float = 0.2
     load_size: int = 0
+    cache: str | None = None
     flip: bool = False
     crop: bool = True
 
@@ -238,7 +243,7 @@ class RunConfig:
 
 
 # What may differ when a run continues. A resumed run keeps the threads that it began with.
-_FREE_KEYS = ("threads", "device", "save_every_s")
+_FREE_KEYS = ("threads", "device", "save_every_s", "data.cache")
 
 
 def differing_keys(ours: RunConfig, theirs: RunConfig) -> list[str]:

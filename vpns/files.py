@@ -89,10 +89,12 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         tmp.rename(path)
         sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         # Not on success, where the name is gone: a full disk should not stay full of a half-written file.
         tmp.unlink(missing_ok=True)
-        raise _explain(error, path) from error
+        if isinstance(error, OSError):
+            raise _explain(error, path) from error
+        raise
 
 
 def _write_text(path: Path, text: str) -> None:

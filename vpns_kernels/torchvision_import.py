@@ -9,21 +9,20 @@ from types import ModuleType
 from torch.library import Library
 
 
-def import_torchvision_models() -> ModuleType:
-    """torchvision.models.
+def import_torchvision(part: str) -> ModuleType:
+    """A package of torchvision, such as "models" or "datasets".
 
     Raises:
         ModuleNotFoundError: torchvision is not installed.
     """
     try:
         importlib.import_module("torchvision")
-        return importlib.import_module("torchvision.models")
     except RuntimeError as error:
         # So stops a torchvision built for CUDA on a CPU-only torch: it describes ops that it could not load.
         if "operator torchvision::nms does not exist" not in str(error):
             raise
         _declare_absent_ops()
-        return importlib.import_module("torchvision.models")
+    return importlib.import_module(f"torchvision.{part}")
 
 
 @functools.cache  # A Library takes its operators along when it is collected.

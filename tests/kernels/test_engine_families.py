@@ -10,7 +10,7 @@ from vpns_kernels.engine import Engine
 from vpns_kernels.engine.lower import lower
 from vpns_kernels.engine.select import draft_plan
 from vpns_kernels.engine.trace import trace_network
-from vpns_kernels.torchvision_import import import_torchvision_models
+from vpns_kernels.torchvision_import import import_torchvision
 
 WHOLE = ("resnet18", "mobilenet_v2")
 WHOLE_LONG = (
@@ -23,7 +23,7 @@ SIZES = {"inception_v3": 299}
 def build(name: str) -> nn.Module:
     torch.manual_seed(5)
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    network: nn.Module = import_torchvision_models().get_model(name, weights=None, **options)
+    network: nn.Module = import_torchvision("models").get_model(name, weights=None, **options)
     generator = torch.Generator().manual_seed(6)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

@@ -15,7 +15,7 @@ from tests.kernels.networks import FOLLOWED, build, images
 from vpns_kernels import parse_pattern
 from vpns_kernels.convert import freeze, mask_layers, mask_modules
 from vpns_kernels.shrink import shrink
-from vpns_kernels.torchvision_import import import_torchvision_models
+from vpns_kernels.torchvision_import import import_torchvision
 
 BOUND = 1e-12
 
@@ -26,7 +26,7 @@ def published(name: str) -> nn.Module:
     is_vgg = name.startswith("vgg")
     # Its classifier would be a gigabyte: a smaller one, of the same form.
     with torch.device("meta" if is_vgg else "cpu"):
-        network = getattr(import_torchvision_models(), name)(num_classes=9)
+        network = getattr(import_torchvision("models"), name)(num_classes=9)
     if is_vgg:
         network.features.to_empty(device="cpu")
         network.classifier = nn.Sequential(nn.Linear(25088, 16), nn.ReLU(), nn.Linear(16, 9))

@@ -12,6 +12,14 @@ from types import ModuleType
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded images of tests do not stay in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VPNS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def tiny_task(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module tiny_task, importable by its name also in processes that a test starts."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vpns.config import DataConfig
-from vpns.data import DATASETS, ImageSet, Split, load_data, make_batch
+from vpns.data import DATASETS, LAYOUTS, ImageSet, Split, load_data, make_batch
 from vpns.data.letters import LETTERS, draw_letters
 from vpns.data.splits import carve_splits, stratified_order
 
@@ -127,12 +127,15 @@ def test_digits_refuse_another_stored_size() -> None:
 
 
 def test_an_unknown_data_set_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'digits', 'folder', 'letters'\], got 'cifar'"):
+    with pytest.raises(ValueError, match=r"'digits', 'dtd', .*'tiny-imagenet'\], got 'cifar'"):
         load_data(DataConfig(name="cifar"), seed=7, canvas=32)
 
 
 def test_every_data_set_file_is_in_the_registry() -> None:
-    assert sorted(DATASETS) == ["digits", "folder", "letters"]
+    listed = ["cifar10", "cifar100", "dtd", "flowers102", "flowers102-coop", "folder", "food101", "imagenet"]
+    listed += ["oxford-pets", "stanford-cars", "tiny-imagenet"]
+    assert sorted(DATASETS) == sorted([*listed, "digits", "letters"])
+    assert sorted(LAYOUTS) == listed
 
 
 # Splits

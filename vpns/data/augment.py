@@ -29,7 +29,12 @@ def make_batch(
         raise ValueError(f"make_batch: expected size >= 1 pixel, got {size}")
     if generator is None:
         return _resize(images, size)
-    return _cut(_resize(images, size * 9 // 8 if crop else size), size, generator, flip)
+    return _cut(_resize(images, crop_from(size) if crop else size), size, generator, flip)
+
+
+def crop_from(size: int) -> int:
+    """Side in pixels that images are resized to before a square of this size is cut out of them: 9/8."""
+    return size * 9 // 8
 
 
 def _resize(images: Tensor, size: int) -> Tensor:

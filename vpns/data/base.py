@@ -13,33 +13,62 @@ from vpns.config import DataConfig
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images uint8 [N, 3, H, W] and their labels int64 [N], on one device."""
+    """Images and their labels, on one device; what is selected stays where it is stored until it is read.
 
-    images: Tensor
+    Args:
+        store: uint8 [M, 3, H, W], in memory or mapped from a file.
+        labels: int64 [N].
+        rows: int64 [N], the place of each image in the store; None for all of it, in order.
+        larger: the store's images in a larger size, of which training crops are cut; None where they are
+            cut of the store's own.
+    """
+
+    store: Tensor
     labels: Tensor
+    rows: Tensor | None = None
+    larger: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+        for store in (self.store, *([] if self.larger is None else [self.larger])):
+            if store.dtype != torch.uint8 or store.ndim != 4 or store.shape[1] != 3:
+                raise ValueError(
+                    f"Split: expected uint8 images [N, 3, H, W], got {store.dtype} {list(store.shape)}"
+                )
+        count = len(self.store if self.rows is None else self.rows)
+        if self.labels.dtype != torch.int64 or self.labels.shape != (count,):
             raise ValueError(
-                "Split: expected uint8 images [N, 3, H, W], "
-                f"got {self.images.dtype} {list(self.images.shape)}"
-            )
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"Split: expected int64 labels [{len(self.images)}], "
-                f"got {self.labels.dtype} {list(self.labels.shape)}"
+                f"Split: expected int64 labels [{count}], got {self.labels.dtype} {list(self.labels.shape)}"
             )
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 [N, 3, H, W]: read into memory, where only some of the store are wanted."""
+        return self.store if self.rows is None else self.store[self.rows]
+
+    def images_for(self, side: int) -> Tensor:
+        """uint8 [N, 3, H, W] in the stored size from which a resize to this side loses least."""
+        if self.larger is None or side <= self.store.shape[2]:
+            return self.images
+        return self.larger if self.rows is None else self.larger[self.rows]
 
     def select(self, indices: Tensor) -> Split:
         """The images and labels at these indices, in this order."""
-        return Split(self.images[indices], self.labels[indices])
+        rows = indices if self.rows is None else self.rows[indices]
+        return Split(self.store, self.labels[indices], rows, self.larger)
 
     def to(self, device: torch.device | str) -> Split:
-        """The same split on another device."""
-        return Split(self.images.to(device), self.labels.to(device))
+        """The same split on another device, which then holds all of it; itself where it is there already."""
+        if self.labels.device == torch.device(device):
+            return self
+        larger = self.larger if self.larger is None or self.rows is None else self.larger[self.rows]
+        return Split(
+            self.images.to(device),
+            self.labels.to(device),
+            larger=None if larger is None else larger.to(device),
+        )
 
 
 @dataclass(frozen=True, eq=False)

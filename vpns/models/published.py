@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from vpns_kernels.torchvision_import import import_torchvision_models
+from vpns_kernels.torchvision_import import import_torchvision
 
 
 def build_published(name: str, num_classes: int, seed: int = 0) -> nn.Module:
@@ -21,13 +21,13 @@ def build_published(name: str, num_classes: int, seed: int = 0) -> nn.Module:
         torch.default_generator.manual_seed(seed)
         if find_spec("torchvision") is not None:
             looked_in.append("torchvision")
-            models = import_torchvision_models()
+            models = import_torchvision("models")
             if name in models.list_models(models):
                 network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
                 return network
         if find_spec("timm") is not None:
             # timm imports torchvision, which may have to be told how.
-            import_torchvision_models()
+            import_torchvision("models")
             import timm
 
             looked_in.append("timm")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from torch import Tensor
 
-from vpns_kernels.torchvision_import import import_torchvision_models
+from vpns.torchvision import need_torchvision
 
 
 def fetch_state(model_name: str, weights_name: str) -> dict[str, Tensor]:
     """The state dict that torchvision publishes under this name for this architecture; downloaded once."""
-    models = _import_torchvision_models()
+    models = need_torchvision("fetch_state", "models")
     if model_name not in models.list_models(models):
         raise ValueError(f"fetch_state: expected an architecture of torchvision, got {model_name!r}")
     weights = models.get_model_weights(model_name).__members__
@@ -27,13 +25,3 @@ def fetch_state(model_name: str, weights_name: str) -> dict[str, Tensor]:
             "(model.weights also takes a file)"
         ) from error
     return state
-
-
-def _import_torchvision_models() -> ModuleType:
-    try:
-        return import_torchvision_models()
-    except ModuleNotFoundError as error:
-        raise NotImplementedError(
-            f"fetch_state: expected torchvision to be installed, got {error} "
-            "(pip install torchvision, in the version that belongs to the installed torch)"
-        ) from error
