@@ -80,10 +80,8 @@ class Layout:
             # The root may be above its home, half-way down to it, or the home itself.
             for depth in range(len(home.parts) + 1):
                 place = root.joinpath(*home.parts[depth:])
-                if (
-                    root.parts[len(root.parts) - depth :] == home.parts[:depth]
-                    and (place / self.marker).exists()
-                ):
+                is_there = place.is_dir() and (place / self.marker).exists()
+                if is_there and root.parts[len(root.parts) - depth :] == home.parts[:depth]:
                     return place
         return None
 
