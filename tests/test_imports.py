@@ -47,6 +47,7 @@ KERNEL_ROOMS = [
 ]
 TRAINER_ROOMS = [
     ("vpns.cli", "vpns.__main__", "vpns.option_help", "vpns.data_command"),
+    ("vpns.sweep",),
     ("vpns.run",),
     ("vpns.stages", "vpns.report", "vpns.deploy", "vpns.doctor", "vpns.bench", "vpns.exchange"),
     (
@@ -63,7 +64,7 @@ TRAINER_ROOMS = [
     ),
     ("vpns.methods", "vpns.prompt", "vpns.masking", "vpns.label_map", "vpns.data", "vpns.models"),
     ("vpns.files", "vpns.torchvision"),
-    ("vpns.config", "vpns.bench_options"),
+    ("vpns.config", "vpns.bench_options", "vpns.complaint", "vpns.sweep_options"),
 ]
 # Known exceptions, each with its reason.
 ALLOWED = {

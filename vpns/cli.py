@@ -14,9 +14,11 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from vpns.bench_options import find_bench, parse_bench
+from vpns.complaint import USER_ERRORS, describe_error
 from vpns.config import RunConfig, flatten
 from vpns.data_command import parse_data, run_data
 from vpns.option_help import describe_options
+from vpns.sweep_options import parse_sweep
 
 Format = Literal["artifact", "onnx", "torch"]
 
@@ -33,9 +35,6 @@ COMMANDS = {
     "bench": "time sparse against dense (of any network: vpns bench --model NAME --help)",
     "report": "write report.md and report.json",
 }
-# What a user can meet: settings, files and data that are not as expected. Anything else is a defect of ours
-# and keeps its traceback.
-_USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, ArithmeticError, RuntimeError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,12 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if list(arguments[:1]) == ["doctor"]:
             return _examine(arguments)
+        if list(arguments[:1]) == ["sweep"]:
+            return _sweep(arguments[1:])
         if (options := find_bench(arguments)) is not None:
             return _bench(options)
         if list(arguments[:1]) == ["data"]:
             return 0 if run_data(parse_data(arguments[1:])) else EXIT_ERROR
         asked = parse(arguments)
-    except (ArgumentError, *_USER_ERRORS) as error:
+    except (ArgumentError, *USER_ERRORS) as error:
         return _complain(error)
     # Importing torch takes a second, which --help and a mistyped option should not.
     from vpns.observe import Progress
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from vpns.exchange import export_as
 
             print(export_as(asked.folder, asked.format))
-    except _USER_ERRORS as error:
+    except USER_ERRORS as error:
         if asked.is_debug:
             raise
         return _complain(error)
@@ -180,6 +181,8 @@ def _build_parser(arguments: Sequence[str], defaults: dict[str, Any]) -> Argumen
     commands.add_subcommand("data", data, help="check a folder of images, or download a published data set")
     doctor = ArgumentParser(exit_on_error=False)
     doctor.add_argument("--json", action="store_true", help="for programs")
+    sweep = ArgumentParser(exit_on_error=False)
+    commands.add_subcommand("sweep", sweep, help="many runs: every combination of a grid of settings")
     commands.add_subcommand("doctor", doctor, help="say what this machine can run and what to expect of it")
     return parser
 
@@ -206,7 +209,7 @@ def _bench(arguments: Sequence[str]) -> int:
             make_folder(options.json.parent)
             write_json(options.json, report)
             draw_report(report, options.json.with_suffix(".svg"))
-    except _USER_ERRORS:
+    except USER_ERRORS:
         if "--debug" in arguments:
             traceback.print_exc()
         raise
@@ -214,6 +217,15 @@ def _bench(arguments: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
     print(to_text(report))
     return 0
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    """Do many runs; the exit code is 1 where some of them failed."""
+    options = parse_sweep(arguments)
+    from vpns.sweep import read_grid
+    from vpns.sweep.command import do_sweep
+
+    return do_sweep(read_grid(options.grid), options, f"vpns sweep {options.grid} --folder {options.folder}")
 
 
 def _find_folder(chosen: Namespace) -> Path:
@@ -224,9 +236,5 @@ def _find_folder(chosen: Namespace) -> Path:
 
 
 def _complain(error: Exception) -> int:
-    if isinstance(error, OSError) and error.strerror:
-        message = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
-    else:
-        message = str(error) or type(error).__name__
-    print(f"vpns: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"vpns: error: {describe_error(error)}", file=sys.stderr)
     return EXIT_ERROR

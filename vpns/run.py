@@ -64,7 +64,7 @@ def execute(
         FloatingPointError: training that diverged; the last saved state stays.
         KeyboardInterrupt: Ctrl-C, after the state was saved.
     """
-    _check_settings(config)
+    check_settings(config)
     keep_freed_memory()
     with join_group() as group, _own_folder(folder, group) as own:
         config = _open_run(own, config, group)
@@ -93,7 +93,7 @@ def open_finished(folder: Path) -> Context:
     return context
 
 
-def _check_settings(config: RunConfig) -> None:
+def check_settings(config: RunConfig) -> None:
     """Refuse before any work what the registries and devices of this installation cannot do."""
     method = find_method(config.method)
     parse_pattern(config.pattern).check_density(config.density)
