@@ -16,30 +16,40 @@ ImageTensor image_tensor(uintptr_t address, const std::string& type, const std::
   return {pointer<void>(address), dtype(type), strides[0], strides[1], strides[2], strides[3]};
 }
 
+using Tensors = std::vector<std::tuple<uintptr_t, std::string, std::vector<int64_t>>>;
+
+std::vector<ImageTensor> image_tensors(const Tensors& tensors) {
+  std::vector<ImageTensor> made;
+  for (const auto& [address, type, strides] : tensors) made.push_back(image_tensor(address, type, strides));
+  return made;
+}
+
 }  // namespace
 
 void bind_network(py::module_& m) {
   py::class_<ExecutionContext>(m, "ExecutionContext").def(py::init<>());
   py::class_<Network>(m, "Network")
-      .def(py::init([](uintptr_t bytes, int64_t size) {
+      .def(py::init([](uintptr_t bytes, int64_t size, int64_t segment) {
              py::gil_scoped_release release;
-             return std::make_unique<Network>(pointer<const uint8_t>(bytes), size);
+             return std::make_unique<Network>(pointer<const uint8_t>(bytes), size, segment);
            }),
-           py::arg("bytes"), py::arg("size"), "The bytes of a plan.bin, which must outlive the network.")
+           py::arg("bytes"), py::arg("size"), py::arg("segment") = kWholePlan,
+           "The bytes of a plan.bin, which must outlive the network; of one that torch runs in part, which steps.")
+      .def_property_readonly("inputs", [](const Network& self) { return self.plan().inputs; }, "Values it takes.")
+      .def_property_readonly("outputs", [](const Network& self) { return self.plan().outputs; }, "Values it gives.")
       .def_property_readonly("kernels", &Network::kernels, "Of each step; empty where it has no weights.")
       .def_property_readonly("bytes_per_image", &Network::bytes_per_image, "Of a thread's working memory.")
       .def(
           "run",
-          [](const Network& self, ExecutionContext& context, uintptr_t x, const std::string& x_type,
-             const std::vector<int64_t>& x_strides, uintptr_t y, const std::string& y_type,
-             const std::vector<int64_t>& y_strides, int64_t images, int threads, uintptr_t seconds) {
-            const ImageTensor in = image_tensor(x, x_type, x_strides), out = image_tensor(y, y_type, y_strides);
+          [](const Network& self, ExecutionContext& context, const Tensors& x, const Tensors& y, int64_t images,
+             int threads, uintptr_t seconds) {
+            const std::vector<ImageTensor> in = image_tensors(x), out = image_tensors(y);
             py::gil_scoped_release release;
             self.run(context, in, out, images, threads, pointer<double>(seconds));
           },
-          py::arg("context"), py::arg("x"), py::arg("x_dtype"), py::arg("x_strides"), py::arg("y"), py::arg("y_dtype"),
-          py::arg("y_strides"), py::arg("images"), py::arg("threads"), py::arg("seconds") = 0,
-          "One call; `seconds` is 0 or the address of a double for each step, to which its time is added.");
+          py::arg("context"), py::arg("x"), py::arg("y"), py::arg("images"), py::arg("threads"), py::arg("seconds") = 0,
+          "One call; x and y are (address, dtype, strides) of each input and output; `seconds` is 0 or the address of a "
+          "double for each step, to which its time is added.");
 }
 
 }  // namespace vpns

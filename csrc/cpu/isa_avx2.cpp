@@ -14,6 +14,7 @@
 
 #include "cpu/batch_norm_act.h"
 #include "cpu/channel_mask.h"
+#include "cpu/curves.h"
 #include "cpu/depthwise.h"
 #include "cpu/elementwise.h"
 #include "cpu/phases.h"
@@ -46,6 +47,7 @@ namespace {
 #include "cpu/batch_norm_act.inl"
 #include "cpu/channel_mask.inl"
 #include "cpu/elementwise.inl"
+#include "cpu/curves.inl"
 #include "cpu/pooling.inl"
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"

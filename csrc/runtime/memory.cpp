@@ -18,13 +18,13 @@ std::vector<Life> find_lives(const Plan& plan) {
     lives[value].first = std::min(lives[value].first, step);
     lives[value].last = std::max(lives[value].last, step);
   };
-  use(plan.input, -1);
+  for (uint32_t input : plan.inputs) use(input, -1);
   for (int64_t i = 0; i < steps; ++i) {
     use(plan.steps[i].x, i);
     use(plan.steps[i].residual, i);
     use(plan.steps[i].output, i);
   }
-  use(plan.output, steps);
+  for (uint32_t output : plan.outputs) use(output, steps);
   return lives;
 }
 

@@ -12,6 +12,7 @@
 #include "checks.h"
 #include "cpu/elementwise.h"
 #include "cpu/pooling.h"
+#include "runtime/framed.h"
 
 namespace vpns {
 namespace {
@@ -50,14 +51,15 @@ char* ExecutionContext::arena(int64_t thread, int64_t bytes) {
 
 struct Network::Pass {
   char* arena;
-  const ImageTensor& x;
-  const ImageTensor& y;
+  const std::vector<ImageTensor>& x;
+  const std::vector<ImageTensor>& y;
   int64_t first, images;
   int threads;
   double* seconds;  // by step; may be null
 };
 
-Network::Network(const uint8_t* bytes, int64_t size) : plan_(read_plan(bytes, size)), memory_(plan_memory(plan_)) {
+Network::Network(const uint8_t* bytes, int64_t size, int64_t segment)
+    : plan_(read_plan(bytes, size, segment)), memory_(plan_memory(plan_)) {
   for (const PlanStep& step : plan_.steps) {
     kernels_.push_back(nullptr);
     if (!has_weights(step)) continue;
@@ -94,9 +96,11 @@ const PreparedConv& Network::prepared(size_t step, int64_t images) const {
   return *(prepared_[{step, key}] = std::move(made));
 }
 
-void Network::run(ExecutionContext& context, const ImageTensor& x, const ImageTensor& y, int64_t images, int threads,
-                  double* seconds) const {
+void Network::run(ExecutionContext& context, const std::vector<ImageTensor>& x, const std::vector<ImageTensor>& y,
+                  int64_t images, int threads, double* seconds) const {
   check(images >= 0 && threads >= 1, "Network::run", "at least no image and one thread", images);
+  check(x.size() == plan_.inputs.size() && y.size() == plan_.outputs.size(), "Network::run",
+        "a tensor for each input and output", x.size());
   context.reserve(threads);
   const size_t steps = plan_.steps.size();
   std::vector<double> clocks(seconds == nullptr ? 0 : threads * steps, 0.0);
@@ -135,21 +139,40 @@ void Network::run(ExecutionContext& context, const ImageTensor& x, const ImageTe
 }
 
 void Network::run_pass(const Pass& pass) const {
-  const PlanValue &in = plan_.values[plan_.input], &out = plan_.values[plan_.output];
-  convert_in({at(pass.x, pass.first), pass.arena + memory_.offsets[plan_.input] * pass.images, pass.x.dtype, in.dtype,
-              pass.images, in.channels, in.height, in.width, pass.x.stride_n, pass.x.stride_c, pass.x.stride_h,
-              pass.x.stride_w, pass.threads});
+  for (size_t i = 0; i < plan_.inputs.size(); ++i) {
+    const PlanValue& in = plan_.values[plan_.inputs[i]];
+    const ImageTensor& x = pass.x[i];
+    convert_in({at(x, pass.first), pass.arena + memory_.offsets[plan_.inputs[i]] * pass.images, x.dtype, in.dtype,
+                pass.images, in.channels, in.height, in.width, x.stride_n, x.stride_c, x.stride_h, x.stride_w,
+                pass.threads});
+  }
   for (size_t step = 0; step < plan_.steps.size(); ++step) {
     const double begin = pass.seconds == nullptr ? 0.0 : now();
     run_step(pass, step);
     if (pass.seconds != nullptr) pass.seconds[step] += now() - begin;
   }
-  convert_out({pass.arena + memory_.offsets[plan_.output] * pass.images, at(pass.y, pass.first), out.dtype,
-               pass.y.dtype, pass.images, out.channels, out.height, out.width, pass.y.stride_n, pass.y.stride_c,
-               pass.y.stride_h, pass.y.stride_w, pass.threads});
+  for (size_t i = 0; i < plan_.outputs.size(); ++i) {
+    const PlanValue& out = plan_.values[plan_.outputs[i]];
+    const ImageTensor& y = pass.y[i];
+    convert_out({pass.arena + memory_.offsets[plan_.outputs[i]] * pass.images, at(y, pass.first), out.dtype, y.dtype,
+                 pass.images, out.channels, out.height, out.width, y.stride_n, y.stride_c, y.stride_h, y.stride_w,
+                 pass.threads});
+  }
 }
 
 void Network::run_step(const Pass& pass, size_t index) const {
+  const PlanStep& step = plan_.steps[index];
+  run_op(pass, index);
+  if (step.curve == Curve::kNone) return;
+  // No kernel takes these in; what the step wrote is in this core's cache still.
+  const PlanValue& out = plan_.values[step.output];
+  const int64_t channels = has_weights(step) || step.op == PlanOp::kCopy ? step.shape.K : out.channels;
+  char* const y = pass.arena + memory_.offsets[step.output] * pass.images;
+  apply_curve({step.curve, out.dtype, y + step.first_channel * element_bytes(out.dtype),
+               pass.images * out.height * out.width, channels, out.channels, pass.threads});
+}
+
+void Network::run_op(const Pass& pass, size_t index) const {
   const PlanStep& step = plan_.steps[index];
   const auto memory_of = [&](uint32_t value) -> char* {
     return value == kNoValue ? nullptr : pass.arena + memory_.offsets[value] * pass.images;
@@ -166,6 +189,7 @@ void Network::run_step(const Pass& pass, size_t index) const {
       call.y_stride_n = out.elements();
       call.y_stride_h = out.width * out.channels;
       call.y_stride_w = out.channels;
+      if (step.constant != nullptr) return run_framed(step, out, call, prepared(index, 1), pass.images);
       call.images = pass.images;
       return prepared(index, pass.images).run(call);
     }
@@ -181,10 +205,20 @@ void Network::run_step(const Pass& pass, size_t index) const {
     }
     case PlanOp::kAdd:
     case PlanOp::kCopy:
-      return add_act({in.dtype, x, residual, y, pixels, in.channels, in.channels, out.channels, step.act, pass.threads});
+      return add_act({in.dtype, x + step.read_channel * element_bytes(in.dtype), residual, y, pixels, step.shape.K,
+                      in.channels, out.channels, step.act, pass.threads});
+    case PlanOp::kGate: {
+      const PlanValue& gate = plan_.values[step.residual];
+      const bool is_per_image = gate.height * gate.width == 1;
+      return apply_gate({in.dtype, x, residual, y, pass.images, in.height * in.width, in.channels, is_per_image,
+                         pass.threads});
+    }
+    case PlanOp::kShuffle:
+      return shuffle_channels({in.dtype, x, y, pixels, in.channels, step.shape.groups, pass.threads});
     case PlanOp::kFlatten:  // channel by channel, as torch does
       return convert_out({x, y, in.dtype, out.dtype, pass.images, in.channels, in.height, in.width, in.elements(),
                           in.height * in.width, in.width, 1, pass.threads});
+    case PlanOp::kTorch:
     case PlanOp::kCount:
       break;
   }

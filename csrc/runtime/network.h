@@ -47,7 +47,8 @@ struct ImageTensor {
 class Network {
  public:
   // The bytes of a plan.bin, which must outlive the network. A kernel that this CPU cannot run is replaced.
-  Network(const uint8_t* bytes, int64_t size);
+  // `segment`: see read_plan.
+  Network(const uint8_t* bytes, int64_t size, int64_t segment = kWholePlan);
 
   const Plan& plan() const { return plan_; }
   // The kernel that runs each step; empty where the step has no weights.
@@ -55,15 +56,17 @@ class Network {
   int64_t bytes_per_image() const { return memory_.bytes; }
 
   // y = network(x) for any number of images; any number of threads may call at once, each with its own context.
-  // Where `seconds` is not null, the time of each step is added to it, averaged over the threads.
-  void run(ExecutionContext& context, const ImageTensor& x, const ImageTensor& y, int64_t images, int threads,
-           double* seconds = nullptr) const;
+  // x and y in the order of the plan's inputs and outputs. Where `seconds` is not null, the time of each step is added
+  // to it, averaged over the threads.
+  void run(ExecutionContext& context, const std::vector<ImageTensor>& x, const std::vector<ImageTensor>& y,
+           int64_t images, int threads, double* seconds = nullptr) const;
 
  private:
   struct Pass;  // some images through all steps
 
   void run_pass(const Pass& pass) const;
   void run_step(const Pass& pass, size_t step) const;
+  void run_op(const Pass& pass, size_t step) const;  // without its curve
   const PreparedConv& prepared(size_t step, int64_t images) const;
 
   Plan plan_;

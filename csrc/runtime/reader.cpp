@@ -1,16 +1,19 @@
 // Reads plan.bin: a table of values, of steps and of tensors, then names, then the tensors' data.
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "runtime/framed.h"
 #include "runtime/plan.h"
 
 namespace vpns {
 namespace {
 
 const char* const kMe = "plan.bin";
-constexpr uint32_t kVersion = 2, kNative = 1, kHasBias = 2, kCountsPadding = 4;
+constexpr uint32_t kVersion = 3, kNative = 1, kHasBias = 2, kCountsPadding = 4, kHasConstant = 8;
+constexpr int64_t kLastAct = 2;  // codes beyond are curves
 constexpr int64_t kHeaderBytes = 96, kValueBytes = 32, kStepBytes = 112, kTensorBytes = 64, kAlignment = 64;
 constexpr int64_t kMostImages = 4096;
 
@@ -31,15 +34,22 @@ enum : uint32_t { kFloat32 = 1, kBfloat16 = 2, kFloat64 = 3, kInt32 = 4, kFloat1
 
 class Reader {
  public:
-  Reader(const uint8_t* bytes, int64_t size) : bytes_(bytes), size_(size) {}
+  Reader(const uint8_t* bytes, int64_t size, int64_t segment) : bytes_(bytes), size_(size), segment_(segment) {}
 
   Plan read() {
     read_header();
     for (int64_t i = 0; i < values_; ++i) read_value(values_start_ + i * kValueBytes);
     read_tensors();
-    for (int64_t i = 0; i < steps_; ++i) read_step(steps_start_ + i * kStepBytes);
+    if (segment_ == kWholePlan) open_input(plan_input_);
+    find_segment();
+    for (int64_t i = 0; i < begin_; ++i) skip_tensors(steps_start_ + i * kStepBytes);
+    for (int64_t i = begin_; i < end_; ++i) read_step(steps_start_ + i * kStepBytes);
+    for (int64_t i = end_; i < steps_; ++i) skip_tensors(steps_start_ + i * kStepBytes);
     check(tensors_used_ == tensors_.size(), kMe, "as many tensors as its steps use", tensors_.size());
-    check(is_ready(plan_.output), kMe, "an output that some step computes", plan_.output);
+    if (segment_ == kWholePlan) plan_.outputs = {plan_output_};
+    else find_outputs();
+    for (uint32_t output : plan_.outputs) check(is_ready(output), kMe, "an output that some step computes", output);
+    std::sort(plan_.inputs.begin(), plan_.inputs.end());
     return std::move(plan_);
   }
 
@@ -72,11 +82,11 @@ class Reader {
           "tables within the file", names);
     names_end_ = names_start_ + static_cast<int64_t>(names);
     tensors_.resize(tensors);
-    plan_.input = number<uint32_t>(72);
-    plan_.output = number<uint32_t>(76);
+    plan_input_ = number<uint32_t>(72);
+    plan_output_ = number<uint32_t>(76);
     plan_.chunk = u32(80);
-    check(steps_ > 0 && plan_.input != kNoValue, kMe, "a network, not its layers alone", steps_);
-    check(plan_.input < values_ && plan_.output < values_, kMe, "an input and an output among its values", values_);
+    check(steps_ > 0 && plan_input_ != kNoValue, kMe, "a network, not its layers alone", steps_);
+    check(plan_input_ < values_ && plan_output_ < values_, kMe, "an input and an output among its values", values_);
     check(plan_.chunk >= 1 && plan_.chunk <= kMostImages, kMe, "1 to 4096 images at a time", plan_.chunk);
     ready_.assign(values_, 0);
   }
@@ -88,7 +98,58 @@ class Reader {
     check(value.channels * value.height < kLimit && value.elements() < kLimit, kMe,
           "activations of fewer than 2^31 entries", value.channels);
     plan_.values.push_back(value);
-    if (plan_.values.size() == plan_.input + size_t{1}) ready_[plan_.input] = value.channels;
+  }
+
+  void open_input(uint32_t value) {
+    ready_[value] = plan_.values[value].channels;
+    plan_.inputs.push_back(value);
+  }
+  bool is_input(uint32_t value) const {
+    return std::find(plan_.inputs.begin(), plan_.inputs.end(), value) != plan_.inputs.end();
+  }
+
+  // Which steps are wanted: all, or those of one segment.
+  void find_segment() {
+    const auto is_native = [&](int64_t i) { return (u32(steps_start_ + i * kStepBytes + 28) & kNative) != 0; };
+    begin_ = 0, end_ = steps_;
+    if (segment_ == kWholePlan) {
+      for (int64_t i = 0; i < steps_; ++i)
+        if (!is_native(i))
+          fail(kMe, "steps that run without torch", "layer " + text(steps_start_ + i * kStepBytes) + ", which needs it");
+      return;
+    }
+    int64_t found = -1;
+    for (int64_t i = 0; i < steps_; ++i) {
+      if (is_native(i) && (i == 0 || !is_native(i - 1)) && ++found == segment_) begin_ = i;
+      if (found == segment_ && !is_native(i)) {
+        end_ = i;
+        break;
+      }
+    }
+    check(segment_ >= 0 && found >= segment_, kMe, "a segment that is there", segment_);
+  }
+
+  // What others read of this segment.
+  void find_outputs() {
+    std::vector<bool> wanted(values_, false);
+    wanted[plan_output_] = true;
+    for (int64_t i = 0; i < steps_; ++i) {
+      if (i >= begin_ && i < end_) continue;
+      for (int64_t place : {40, 44}) {
+        const int64_t value = u32(steps_start_ + i * kStepBytes + place);
+        if (value < values_) wanted[value] = true;
+      }
+    }
+    for (const PlanStep& step : plan_.steps) {
+      if (wanted[step.output]) plan_.outputs.push_back(step.output);
+      wanted[step.output] = false;
+    }
+    std::sort(plan_.outputs.begin(), plan_.outputs.end());
+  }
+
+  void skip_tensors(int64_t at) {
+    check(u32(at + 32) == static_cast<int64_t>(tensors_used_), kMe, "tensors in the order of the steps", u32(at + 32));
+    for (int64_t left = u32(at + 36); left > 0; --left) take();
   }
 
   static DType float_type(int64_t code) {
@@ -137,25 +198,37 @@ class Reader {
     step.kernel = text(at + 16);
     const int64_t op = u32(at + 24), flags = u32(at + 28), count = u32(at + 36);
     check(op < static_cast<int64_t>(PlanOp::kCount), kMe, "an op that is known", op);
-    check(flags < 8, kMe, "flags that are known", flags);
+    check(flags < 16, kMe, "flags that are known", flags);
     step.op = static_cast<PlanOp>(op);
-    step.native = (flags & kNative) != 0;
-    if (!step.native) fail(kMe, "steps that run without torch", "layer " + step.name + ", which needs it");
+    check(step.op != PlanOp::kTorch, kMe, "steps that run without torch", step.name);
     step.counts_padding = (flags & kCountsPadding) != 0;
     step.x = number<uint32_t>(at + 40);
     step.residual = number<uint32_t>(at + 44);
     step.output = number<uint32_t>(at + 48);
     step.first_channel = u32(at + 52);
-    check(u32(at + 56) <= 2, kMe, "an activation that is known", u32(at + 56));
-    step.act = static_cast<Act>(u32(at + 56));
+    const int64_t act = u32(at + 56);
+    check(act < kLastAct + static_cast<int64_t>(Curve::kCount), kMe, "an activation that is known", act);
+    step.act = act <= kLastAct ? static_cast<Act>(act) : Act::kNone;
+    step.curve = act <= kLastAct ? Curve::kNone : static_cast<Curve>(act - kLastAct);
+    step.read_channel = u32(at + 104);
+    check(step.read_channel == 0 || step.op == PlanOp::kCopy, kMe, "all channels read of such an op", step.name);
     check(u32(at + 32) == static_cast<int64_t>(tensors_used_), kMe, "tensors in the order of the steps", u32(at + 32));
+    if (segment_ != kWholePlan)
+      for (uint32_t value : {step.x, step.residual})
+        if (value < values_ && ready_[value] == 0) open_input(value);
     check(is_ready(step.x), kMe, "an input that was computed before", step.name);
-    check(step.output < values_ && step.output != plan_.input && step.output != step.x, kMe,
-          "an output of its own", step.name);
+    check(step.output < values_ && !is_input(step.output) && step.output != step.x, kMe, "an output of its own",
+          step.name);
     read_shape(step, at + 60);
     check_values(step);
-    if (step.op == PlanOp::kConv2d || step.op == PlanOp::kLinear) read_weights(step, count, (flags & kHasBias) != 0);
-    else check(count == 0 && (flags & kHasBias) == 0, kMe, "no weights of such an op", step.name);
+    const bool has_constant = (flags & kHasConstant) != 0;
+    if (step.op == PlanOp::kConv2d || step.op == PlanOp::kLinear) {
+      if (has_constant) find_window(step);
+      read_weights(step, count - has_constant, (flags & kHasBias) != 0);
+      if (has_constant) read_constant(step);
+    } else {
+      check(count == 0 && (flags & (kHasBias | kHasConstant)) == 0, kMe, "no weights of such an op", step.name);
+    }
     plan_.steps.push_back(std::move(step));
   }
 
@@ -194,17 +267,25 @@ class Reader {
     } else if (step.op != PlanOp::kAdaptiveAvgPool) {
       check(s.P == s.H && s.Q == s.W, kMe, "an output of the input's size", step.name);
     }
-    check(is_conv || s.K == s.C, kMe, "as many output as input channels", step.name);
+    if (step.op == PlanOp::kCopy)
+      check(step.read_channel + s.K <= s.C, kMe, "channels of its input", step.name);
+    else check(is_conv || s.K == s.C, kMe, "as many output as input channels", step.name);
+    if (step.op == PlanOp::kGate || step.op == PlanOp::kShuffle)
+      check(step.first_channel == 0 && s.K == y.channels && step.act == Act::kNone, kMe, "an output like its input",
+            step.name);
     check(is_conv || x.dtype == y.dtype, kMe, "one type in and out", step.name);
     const int64_t written = step.op == PlanOp::kFlatten ? y.channels : s.K;
     check(step.first_channel + written <= y.channels, kMe, "outputs within their value", step.name);
     // Channels of one value come in order, so that none is read before it is written.
     check(ready_[step.output] == step.first_channel, kMe, "output channels in order", step.name);
     ready_[step.output] += written;
+    const bool is_gate = step.op == PlanOp::kGate;
+    check(!is_gate || step.residual != kNoValue, kMe, "a gate", step.name);
     if (step.residual == kNoValue) return;
-    check(is_conv || step.op == PlanOp::kAdd, kMe, "no residual of such an op", step.name);
+    check(is_conv || is_gate || step.op == PlanOp::kAdd, kMe, "no residual of such an op", step.name);
     check(step.residual != step.output && is_ready(step.residual), kMe, "a residual computed before", step.name);
     const PlanValue& r = plan_.values[step.residual];
+    if (is_gate && r.channels == y.channels && r.height * r.width == 1 && r.dtype == y.dtype) return;
     const bool is_like = r.channels == y.channels && r.height == y.height && r.width == y.width && r.dtype == y.dtype;
     check(is_like && step.first_channel == 0 && s.K == y.channels, kMe, "a residual like its output", step.name);
   }
@@ -243,6 +324,27 @@ class Reader {
     step.bias = reinterpret_cast<const float*>(bias.data);
   }
 
+  // Of a step with a constant: its shape becomes that of the outputs that see images.
+  void find_window(PlanStep& step) {
+    ConvShape& s = step.shape;
+    check(step.residual == kNoValue && step.first_channel == 0 && s.K == plan_.values[step.output].channels, kMe,
+          "a constant in the place of a residual", step.name);
+    const SeenSpan h = seen_span(s.H, s.P, s.R, s.stride_h, s.pad_h, s.dilation_h);
+    const SeenSpan w = seen_span(s.W, s.Q, s.S, s.stride_w, s.pad_w, s.dilation_w);
+    check(h.begin < h.end && w.begin < w.end, kMe, "outputs that see images", step.name);
+    step.first_p = h.begin, step.first_q = w.begin;
+    s.pad_h -= h.begin * s.stride_h, s.pad_w -= w.begin * s.stride_w;
+    s.P = h.end - h.begin, s.Q = w.end - w.begin;
+  }
+
+  void read_constant(PlanStep& step) {
+    const PlanTensor& constant = take();
+    const PlanValue& y = plan_.values[step.output];
+    check(float_type(constant.dtype) == y.dtype && constant.shape == std::vector<int64_t>{y.height, y.width, y.channels},
+          kMe, "a constant like its output", step.name);
+    step.constant = constant.data;
+  }
+
   const PlanTensor& take() {
     check(tensors_used_ < tensors_.size(), kMe, "a tensor more", tensors_used_);
     return tensors_[tensors_used_++];
@@ -256,7 +358,9 @@ class Reader {
   static constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
 
   const uint8_t* bytes_;
-  int64_t size_;
+  int64_t size_, segment_;
+  int64_t begin_ = 0, end_ = 0;  // steps that are wanted
+  uint32_t plan_input_ = kNoValue, plan_output_ = kNoValue;
   int64_t steps_ = 0, values_ = 0;
   int64_t steps_start_ = 0, values_start_ = 0, tensors_start_ = 0, names_start_ = 0, names_end_ = 0;
   std::vector<PlanTensor> tensors_;
@@ -267,6 +371,6 @@ class Reader {
 
 }  // namespace
 
-Plan read_plan(const uint8_t* bytes, int64_t size) { return Reader(bytes, size).read(); }
+Plan read_plan(const uint8_t* bytes, int64_t size, int64_t segment) { return Reader(bytes, size, segment).read(); }
 
 }  // namespace vpns

@@ -82,8 +82,8 @@ def open_natively(data: bytes) -> None:
     x, y = torch.zeros(1 << 16), torch.zeros(1 << 16)
     if network.bytes_per_image < 1 << 20:
         network.run(
-            native.library().ExecutionContext(), x.data_ptr(), "float32", [0, 1, 1, 1],
-            y.data_ptr(), "float32", [0, 1, 1, 1], 1, 1,
+            native.library().ExecutionContext(), [(x.data_ptr(), "float32", [0, 1, 1, 1])],
+            [(y.data_ptr(), "float32", [0, 1, 1, 1])], 1, 1,
         )  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
     manifest.json         what it is, and digests (manifest.py); written last
     plan.bin              the layers with their packed weights (plan.py)
+    torch-0.pt2 ...       of an engine that torch runs in part: what torch runs (programs.py)
     masks.safetensors     bool masks, 8 to a byte (tensors.py)
     weights.safetensors   optional: a plain state_dict with zeros in place, for anyone
 
-Every number is checked before it is followed, and nothing in an artifact is ever executed.
+Every number is checked before it is followed; what torch runs are operations of torch's own, no code.
 """
 
 from __future__ import annotations
@@ -19,11 +20,19 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vpns_kernels.engine.files import MANIFEST, ArtifactError, find_folder, replace_folder, write_file
+from vpns_kernels.engine.files import (
+    MANIFEST,
+    ArtifactError,
+    find_folder,
+    refuse,
+    replace_folder,
+    write_file,
+)
 from vpns_kernels.engine.layer import PlanLayer
 from vpns_kernels.engine.manifest import (
     MASKS,
     PLAN,
+    PROGRAM,
     WEIGHTS,
     check_fields,
     read_listed,
@@ -67,6 +76,13 @@ class Artifact:
         """Bool masks by name."""
         return decode_masks(read_listed(self.folder, self.manifest, MASKS), self.folder / MASKS)
 
+    def read_program(self, number: int) -> Tensor:
+        """The bytes of what torch runs, uint8."""
+        name = PROGRAM.format(number)
+        if name not in self.manifest["files"]:
+            raise refuse(self.folder / MANIFEST, name, "none")
+        return read_listed(self.folder, self.manifest, name)
+
     @cached_property
     def weights(self) -> dict[str, Tensor] | None:
         """The state_dict with zeros in place, or None where it was not stored."""
@@ -81,6 +97,7 @@ def write_artifact(
     plan: Plan | Sequence[PlanLayer],
     masks: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | None = None,
+    programs: Sequence[bytes] = (),
 ) -> None:
     """Write a folder whole or not at all; an artifact that stands there is replaced by the complete new one.
 
@@ -89,6 +106,7 @@ def write_artifact(
         plan: a network that can be run, or its layers alone.
         masks: bool, by name.
         weights: a state_dict with zeros in place.
+        programs: what torch runs, in order.
 
     Raises:
         ArtifactError: what stands at `folder` is no artifact, or holds files that are not the artifact's.
@@ -104,6 +122,9 @@ def write_artifact(
         files[MASKS] = write_file(new / MASKS, [encode_masks(masks)])
         if weights is not None:
             files[WEIGHTS] = write_file(new / WEIGHTS, [encode_weights(weights)])
+        for number, program in enumerate(programs):
+            name = PROGRAM.format(number)
+            files[name] = write_file(new / name, [program])
         write_manifest(new, fields, files)
 
     try:
@@ -142,6 +163,8 @@ def _open(folder: Path, verify: Literal["used", "all"]) -> Artifact:
     artifact = Artifact(folder, manifest, decode_plan(data, folder / PLAN), data)
     if verify == "all":
         _ = artifact.masks, artifact.weights
+        for name in manifest["files"].keys() - {PLAN, MASKS, WEIGHTS}:
+            read_listed(folder, manifest, name)
     return artifact
 
 

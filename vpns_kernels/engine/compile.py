@@ -33,7 +33,8 @@ def compile(
 
     The network is traced; batch norms, residuals and activations become part of the layers before them; each
     layer is packed by the pattern that its mask, or its zeros, obey. Then it is timed with and without what
-    was pruned, layer by layer, and each layer gets the faster of the two: dense is a normal choice.
+    was pruned, layer by layer, and each layer gets the faster of the two: dense is a normal choice. What no
+    native step computes is left to torch, and `Engine.explain` says what and why.
 
     Args:
         model: any nn.Module in evaluation mode that takes one batch of images; masked networks, networks with
@@ -47,7 +48,7 @@ def compile(
     Raises:
         ValueError, TypeError: a model in training mode, another input.
         TraceError: torch.export cannot follow the network.
-        LoweringError: an operation that no native step computes.
+        LoweringError: a network that returns something else than one activation.
 
     Example:
         >>> import torch
@@ -74,7 +75,8 @@ def compile(
     steps = [
         replace(step, kernel=report.kernel) for step, report in zip(plan.steps, best.reports, strict=True)
     ]
-    return Engine(replace(plan, steps=tuple(steps)), best.reports, threads=threads)
+    plan = replace(plan, steps=tuple(steps))
+    return Engine(plan, best.reports, threads=threads, programs=lowered.programs)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def _time(lowered: Lowered, dtype: torch.dtype, chunk: int, example: Tensor, thr
     dense = (
         _profile(lowered, dtype, dict.fromkeys(names, False), chunk, x, threads) if any(pruned) else sparse
     )
+    notes = {program.name: program.note for program in lowered.programs}
     reports = []
     per_image_ms = 1e3 / len(x)
     for place, step in enumerate(sparse.plan.steps):
@@ -102,7 +105,8 @@ def _time(lowered: Lowered, dtype: torch.dtype, chunk: int, example: Tensor, thr
         takes_sparse = pruned[place] and ours < theirs
         kernel = (sparse if takes_sparse else dense).kernels[place]
         known = (ours if pruned[place] else None, theirs if step.layer is not None else None)
-        reports.append(StepReport(step.name, *known, ours if takes_sparse else theirs, kernel))
+        note = notes.get(lowered.steps[place].layer, "") if step.op == "torch" else ""
+        reports.append(StepReport(step.name, *known, ours if takes_sparse else theirs, kernel, note))
     total = sum(report.ms for report in reports)
     return _Timed(chunk, total, {report.name: report.is_sparse for report in reports}, reports)
 
@@ -117,7 +121,8 @@ class _Profile:
 def _profile(
     lowered: Lowered, dtype: torch.dtype, is_sparse: Mapping[str, bool], chunk: int, x: Tensor, threads: int
 ) -> _Profile:
-    engine = Engine(draft_plan(lowered, dtype, dict(is_sparse), chunk), threads=threads)
+    plan = draft_plan(lowered, dtype, dict(is_sparse), chunk)
+    engine = Engine(plan, threads=threads, programs=lowered.programs)
     engine(x)
     runs = [engine.profile(x) for _ in range(_REPEATS)]
     return _Profile(engine.plan, [min(times) for times in zip(*runs, strict=True)], engine.kernels)

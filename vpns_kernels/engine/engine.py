@@ -1,8 +1,8 @@
-"""What runs a compiled network? An Engine: images in, results out, with no Python between the layers."""
+"""What runs a compiled network? An Engine: images in, results out, with no Python between native layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -14,10 +14,20 @@ from torch import Tensor
 from vpns_kernels import native
 from vpns_kernels.engine.artifact import read_artifact, write_artifact
 from vpns_kernels.engine.files import ArtifactError
+from vpns_kernels.engine.parts import make_parts
 from vpns_kernels.engine.plan import Plan
 from vpns_kernels.engine.plan_file import encode_plan
+from vpns_kernels.engine.programs import (
+    TorchProgram,
+    describe_program,
+    export_program,
+    open_program,
+)
 from vpns_kernels.engine.report import EngineReport, StepReport
 from vpns_kernels.ops._cpu.prepared import DTYPE_NAMES
+
+# With one image, torch.export would take the batch size for a constant.
+_EXPORT_IMAGES = 3
 
 
 class Engine:
@@ -27,7 +37,9 @@ class Engine:
         plan: what it runs.
         reports: what compiling measured of each step.
         data: the plan's bytes, uint8; encoded by default.
-        threads: of a call; torch's own number by default, asked at each call.
+        threads: of a call; torch's own number by default, asked at each call. What is left to torch always
+            runs with torch's own.
+        programs: what is left to torch.
     """
 
     def __init__(
@@ -36,18 +48,19 @@ class Engine:
         reports: Sequence[StepReport] = (),
         data: Tensor | None = None,
         threads: int | None = None,
+        programs: Sequence[TorchProgram] = (),
     ) -> None:
         self.plan, self.reports, self.threads = plan, tuple(reports), threads
         self._data = _encode(plan) if data is None else data
-        self._network = native.library().Network(self._data.data_ptr(), self._data.numel())
+        self.programs = tuple(programs)
+        self._parts = make_parts(plan, self._data, self.programs)
         self._lock = Lock()
         self._idle: list[Any] = []  # contexts that no call uses
 
     @property
     def kernels(self) -> list[str]:
         """What runs each step on this machine; empty where a step has no weights."""
-        names: list[str] = self._network.kernels
-        return names
+        return [kernel for part in self._parts for kernel in part.kernels]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run images of the size that was compiled.
@@ -61,7 +74,7 @@ class Engine:
         Raises:
             TypeError, ValueError: another dtype, device or size.
         """
-        return self._run(x, 0)
+        return self._result(self._run(x, None))
 
     def explain(self, quiet: bool = False) -> EngineReport:
         """Print and return what each step costs, as compiling measured it, and why it runs as it does.
@@ -89,19 +102,36 @@ class Engine:
             ArtifactError: what stands at `folder` is no artifact.
             OSError: it cannot be written.
         """
-        reports = [asdict(report) for report in self.reports]
-        write_artifact(Path(folder), {"kind": "engine", "reports": reports}, self.plan, {})
+        save_engine(self, Path(folder))
 
     def profile(self, x: Tensor) -> list[float]:
         """Seconds that one call spends in each step, averaged over its threads."""
         seconds = torch.zeros(len(self.plan.steps), dtype=torch.float64)
-        self._run(x, seconds.data_ptr())
+        self._run(x, seconds)
         return seconds.tolist()
 
-    def _run(self, x: Tensor, seconds: int) -> Tensor:
+    def store_programs(self) -> list[bytes]:
+        """What is left to torch, as torch.export stores it; ValueError where it cannot."""
         assert self.plan.input is not None
+        size = self.plan.values[self.plan.input]
+        images = torch.randn(_EXPORT_IMAGES, size.channels, size.height, size.width)
+        one, more = self._run(images[:1], None), self._run(images, None)
+        stored = []
+        for program in self.programs:
+            example, other = ([port.fit(t[port.value]) for port in program.reads] for t in (more, one))
+            stored.append(export_program(program, example, other))
+        return stored
+
+    def _result(self, tensors: dict[int, Tensor]) -> Tensor:
         assert self.plan.output is not None
-        sizes, out = self.plan.values[self.plan.input], self.plan.values[self.plan.output]
+        y, size = tensors[self.plan.output], self.plan.values[self.plan.output]
+        y = y.float()
+        return y.reshape(len(y), size.channels) if self.plan.is_flat else y
+
+    def _run(self, x: Tensor, seconds: Tensor | None) -> dict[int, Tensor]:
+        """All values that parts have left, by their index."""
+        assert self.plan.input is not None
+        sizes = self.plan.values[self.plan.input]
         if not isinstance(x, Tensor) or x.dtype not in DTYPE_NAMES or x.dtype == torch.float64:
             raise TypeError(
                 f"Engine: expected float32, bfloat16 or float16, got {getattr(x, 'dtype', type(x))}"
@@ -111,27 +141,48 @@ class Engine:
         expected = (sizes.channels, sizes.height, sizes.width)
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(f"Engine: expected x [N, {', '.join(map(str, expected))}], got {list(x.shape)}")
-        x = x.detach()
-        images = len(x)
-        y = torch.empty(
-            (images, out.channels, out.height, out.width),
-            dtype=torch.float32,
-            memory_format=torch.channels_last,
-        )
+        tensors = {self.plan.input: x.detach()}
+        threads = self.threads or torch.get_num_threads()
         context = self._borrow()
         try:
-            self._network.run(
-                context, x.data_ptr(), DTYPE_NAMES[x.dtype], list(x.stride()), y.data_ptr(), "float32",
-                list(y.stride()), images, self.threads or torch.get_num_threads(), seconds,
-            )  # fmt: skip
+            for part in self._parts:
+                part.run(tensors, context, threads, seconds)
         finally:
             with self._lock:
                 self._idle.append(context)
-        return y.flatten(1) if self.plan.is_flat else y
+        return tensors
 
     def _borrow(self) -> Any:
         with self._lock:
             return self._idle.pop() if self._idle else native.library().ExecutionContext()
+
+
+def save_engine(
+    engine: Engine,
+    folder: Path,
+    fields: Mapping[str, Any] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write an engine as an artifact, with more about it.
+
+    Args:
+        fields: of the manifest, JSON values; not `kind`, `reports` and `programs`.
+        masks, weights: as write_artifact takes them.
+
+    Raises:
+        ArtifactError, OSError: as write_artifact.
+        ValueError: torch.export cannot store what is left to torch.
+    """
+    own = {
+        "kind": "engine",
+        "reports": [asdict(report) for report in engine.reports],
+        "programs": [describe_program(program) for program in engine.programs],
+    }
+    if taken := own.keys() & dict(fields or {}).keys():
+        raise ValueError(f"save_engine: expected fields without {sorted(own)}, got {sorted(taken)}")
+    stored = engine.store_programs() if engine.programs else []
+    write_artifact(folder, {**(fields or {}), **own}, engine.plan, masks or {}, weights, stored)
 
 
 def load(folder: Path | str, threads: int | None = None) -> Engine:
@@ -151,7 +202,13 @@ def load(folder: Path | str, threads: int | None = None) -> Engine:
         )
     try:
         reports = [StepReport(**fields) for fields in artifact.manifest["reports"]]
-        return Engine(artifact.plan, reports, artifact.plan_bytes, threads)
+        programs = [
+            open_program(artifact.read_program(number), described)
+            for number, described in enumerate(artifact.manifest["programs"])
+        ]
+        return Engine(artifact.plan, reports, artifact.plan_bytes, threads, programs)
+    except ArtifactError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"load: expected an engine in {folder}, got: {error}") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from vpns_kernels.engine.files import MANIFEST, read_file, refuse, write_file
 
 FORMAT_VERSION = 1
 PLAN, MASKS, WEIGHTS = "plan.bin", "masks.safetensors", "weights.safetensors"
+# Of an engine that torch runs in part: what torch runs, one file each (programs.py).
+PROGRAM = "torch-{}.pt2"
+_PROGRAM = re.compile(r"torch-(0|[1-9][0-9]{0,3})\.pt2")
 _RESERVED = {"format_version", "files", "digest"}
 _MANIFEST_LIMIT_BYTES = 64 << 20
 _FILE_LIMIT_BYTES = 1 << 40
@@ -59,7 +63,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version, files = content.get("format_version"), content.get("files")
     if type(version) is not int or version != FORMAT_VERSION:
         raise refuse(path, f"format_version {FORMAT_VERSION}", f"{version!r} (from a newer version?)")
-    if not isinstance(files, dict) or not {PLAN, MASKS} <= files.keys() <= {PLAN, MASKS, WEIGHTS}:
+    ours = {PLAN, MASKS, WEIGHTS}
+    if not isinstance(files, dict) or not {PLAN, MASKS} <= files.keys() <= ours | _programs(files):
         found = repr(sorted(files) if isinstance(files, dict) else files)[:200]
         raise refuse(path, f"files {PLAN}, {MASKS} and perhaps {WEIGHTS}", found)
     for name, entry in files.items():
@@ -79,6 +84,10 @@ def read_listed(folder: Path, manifest: Mapping[str, Any], name: str) -> Tensor:
         hint = "damaged, or replaced since it was opened"
         raise refuse(path, f"SHA-256 {entry['sha256'][:64]}", f"{found} ({hint})")
     return data
+
+
+def _programs(files: Mapping[str, Any]) -> set[str]:
+    return {name for name in files if _PROGRAM.fullmatch(name)}
 
 
 def _render(content: Mapping[str, Any]) -> bytes:

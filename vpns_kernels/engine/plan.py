@@ -8,13 +8,20 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from vpns_kernels.engine.layer import PlanLayer
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._torch import ACTS
 
-Op = Literal["conv2d", "linear", "max_pool", "avg_pool", "adaptive_avg_pool", "add", "copy", "flatten"]
+Op = Literal[
+    "conv2d", "linear", "max_pool", "avg_pool", "adaptive_avg_pool", "add", "copy", "flatten",
+    "gate", "shuffle", "torch",
+]  # fmt: skip
 OPS: tuple[Op, ...] = get_args(Op)
+# Activations that no kernel takes in: they bend.
+CURVES = ("silu", "hardswish", "hardsigmoid", "sigmoid", "gelu")
+PLAN_ACTS = (*ACTS, *CURVES)
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,18 @@ class PlanStep:
 
     Args:
         name: unique; of the layer in the network, where there is one.
-        geometry: of convolutions and linear layers that of their weight; of pools their window.
+        op: a gate multiplies x by its residual, which has x's size or one pixel; a shuffle puts channel
+            g * channels / groups + i in place i * groups + g; torch computes what no step does (programs.py).
+        geometry: of convolutions and linear layers that of their weight; of pools their window; of shuffles
+            their groups.
         layer: the packed weight of a convolution or linear layer.
         kernel: that runs it; empty where the machine that runs it may choose.
-        x, residual, output: indices of values; all None in a plan that holds layers alone.
+        x, residual, output: indices of values; all None in a plan that holds layers alone, and where torch
+            reads or writes what no plan holds.
         counts_padding: a mean divides by the whole window.
+        read_channel: of a copy, the first channel of x.
+        constant: of a convolution of images in a frame, [P, Q, K] of the output's dtype: what to add to
+            outputs that see images, and all others as they are.
     """
 
     name: str
@@ -51,14 +65,23 @@ class PlanStep:
     first_channel: int = 0
     act: str = "none"
     counts_padding: bool = False
+    read_channel: int = 0
+    constant: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.op not in OPS or self.act not in ACTS:
-            raise ValueError(f"PlanStep: expected op in {OPS}, act in {ACTS}, got {self.op!r}, {self.act!r}")
+        if self.op not in OPS or self.act not in PLAN_ACTS:
+            raise ValueError(
+                f"PlanStep: expected op in {OPS}, act in {PLAN_ACTS}, got {self.op!r}, {self.act!r}"
+            )
         found = None if self.layer is None else (self.layer.name, self.layer.op, self.layer.packed.geometry)
         expected = (self.name, self.op, self.geometry) if self.op in ("conv2d", "linear") else None
         if found != expected:
             raise ValueError(f"PlanStep: expected a layer {expected}, got {found}")
+
+    @property
+    def native(self) -> bool:
+        """Whether it runs without torch."""
+        return self.op != "torch" and (self.layer is None or self.layer.native)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +109,11 @@ class Plan:
     def layers(self) -> tuple[PlanLayer, ...]:
         """The layers with weights, in order."""
         return tuple(step.layer for step in self.steps if step.layer is not None)
+
+    @property
+    def native(self) -> bool:
+        """Whether all of it runs without torch."""
+        return all(step.native for step in self.steps)
 
 
 def plan_of_layers(layers: Sequence[PlanLayer]) -> Plan:

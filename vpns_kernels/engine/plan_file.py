@@ -9,19 +9,20 @@ All numbers are little-endian and unsigned; all sizes are in bytes. The file is,
     names    UTF-8, without terminators
     data     of each tensor in turn, each starting at the next multiple of 64; the bytes skipped are 0
 
-    header:  0 magic "VPNSPLAN" | 8 u32 version, 2 | 12 u32 steps | 16 u32 tensors | 20 u32 values
+    header:  0 magic "VPNSPLAN" | 8 u32 version, 3 | 12 u32 steps | 16 u32 tensors | 20 u32 values
              24 u64 size of the file | 32 u64 offset of steps, 96 | 40 of values | 48 of tensors | 56 of names
              64 u64 size of names | 72 u32 value that is the input | 76 the output
              80 u32 images that a thread takes at a time | 84 u32 1 where the output is [N, C]
              88 u32 0, twice
     step:    0 u32 offset in names, 4 u32 size: its name, unique
              8, 12: its pattern, such as "block:32x32", empty without weights | 16, 20: its kernel, or empty
-             24 u32 op, by its place in plan.Op | 28 u32 flags: 1 native, 2 has a bias, 4 counts padding
+             24 u32 op, by its place in plan.Op | 28 u32 flags: 1 native, 2 has a bias, 4 counts padding,
+                8 has a constant
              32 u32 index of its first tensor | 36 u32 how many tensors
              40 u32 value it reads | 44 residual | 48 value it writes | 52 u32 from which channel on
-             56 u32 activation: 0 none, 1 ReLU, 2 ReLU6 | 60 u32 input channels | 64 output channels
+             56 u32 activation, by its place in plan.PLAN_ACTS | 60 u32 input channels | 64 output channels
              68 kernel height, 72 width | 76 stride, 2 numbers | 84 padding, 2 | 92 dilation, 2
-             100 groups | 104 u32 0, twice
+             100 groups | 104 u32 first channel that a copy reads | 108 u32 0
     value:   0 u32 channels | 4 height | 8 width | 12 u32 dtype as of tensors | 16 u32 0, four times
     tensor:  0 u32 offset in names, 4 u32 size: "<step>.<part>"
              8 u32 dtype: 1 float32, 2 bfloat16, 3 float64, 4 int32, 5 float16 | 12 u32 rank, at most 4
@@ -29,12 +30,15 @@ All numbers are little-endian and unsigned; all sizes are in bytes. The file is,
 
 A value that is none is 2^32 - 1. A plan without values holds layers alone and cannot be run. A step's tensors
 are `values`, then by the rank of values (see formats.Packed) 1 or 3: `indptr`, `index`, `indptr_t`,
-`index_t`, `permutation`; 4: `kept_out`, `kept_in`; then `bias` [K] where flagged. Values and bias are of
+`index_t`, `permutation`; 4: `kept_out`, `kept_in`; then, where flagged, `bias` [K] and `constant`
+[P, Q, K], of its output's dtype. Values and bias are of
 floating dtypes, the rest int32. Names follow one another as they are used: name, pattern and kernel of each
 step, then each tensor's. So every offset follows from the numbers before it, and a reader refuses a file in
 which one differs, before it follows it; then it checks the layout (formats.validate says how). A step that is
-not native needs torch: a C++ program refuses the plan and names the step. The dense weight of a step, its
-ragged blocks filled up, has fewer than 2^31 entries, and so has each tensor.
+not native needs torch: a C++ program refuses the plan and names the step, or runs one segment of it (native
+steps between two of torch's; what passes between them are values). A step of torch has values where it reads
+or writes one; more than one pair are in as many steps side by side. The dense weight of a step, its ragged
+blocks filled up, has fewer than 2^31 entries, and so has each tensor.
 """
 
 from __future__ import annotations
@@ -50,16 +54,15 @@ from torch import Tensor
 
 from vpns_kernels.engine.files import ArtifactError
 from vpns_kernels.engine.layer import LIMIT, PlanLayer
-from vpns_kernels.engine.plan import OPS, Plan, PlanStep, PlanValue
+from vpns_kernels.engine.plan import OPS, PLAN_ACTS, Plan, PlanStep, PlanValue
 from vpns_kernels.formats import Packed
 from vpns_kernels.geometry import ConvGeometry
-from vpns_kernels.ops._torch import ACTS
 from vpns_kernels.patterns import parse_pattern
 
-_MAGIC, _VERSION, _NONE = b"VPNSPLAN", 2, 2**32 - 1
+_MAGIC, _VERSION, _NONE = b"VPNSPLAN", 3, 2**32 - 1
 _HEADER, _STEP = struct.Struct("<8s4I6Q6I"), struct.Struct("<28I")
 _VALUE, _TENSOR = struct.Struct("<8I"), struct.Struct("<4I6Q")
-_NATIVE, _HAS_BIAS, _COUNTS_PADDING = 1, 2, 4
+_NATIVE, _HAS_BIAS, _COUNTS_PADDING, _HAS_CONSTANT = 1, 2, 4, 8
 _LEAST_CHUNK, _MOST_CHUNK = 1, 4096
 _DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float64, 4: torch.int32, 5: torch.float16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
@@ -70,7 +73,7 @@ _PARTS = {1: _INDEX_PARTS, 3: _INDEX_PARTS, 4: ("kept_out", "kept_in")}
 def encode_plan(plan: Plan) -> Iterator[bytes | memoryview]:
     """The bytes of plan.bin, piece by piece."""
     _check_byte_order()
-    parts = [_parts_of(step.layer) for step in plan.steps]
+    parts = [_parts_of(step) for step in plan.steps]
     tensors = [
         (f"{step.name}.{name}", tensor)
         for step, found in zip(plan.steps, parts, strict=True)
@@ -109,12 +112,13 @@ def _encode_step(step: PlanStep, names: bytearray, first: int, count: int) -> by
     g, layer = step.geometry, step.layer
     pattern = "" if layer is None else layer.packed.pattern.spec
     strings = (*_add(names, step.name), *_add(names, pattern), *_add(names, step.kernel))
-    flags = _NATIVE * (layer is None or layer.native) | _COUNTS_PADDING * step.counts_padding
+    flags = _NATIVE * step.native | _COUNTS_PADDING * step.counts_padding
+    flags |= _HAS_CONSTANT * (step.constant is not None)
     flags |= _HAS_BIAS * (layer is not None and layer.bias is not None)
     ends = (_index(step.x), _index(step.residual), _index(step.output), step.first_channel)
     sizes = (g.in_channels, g.out_channels, *g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups)
-    numbers = (OPS.index(step.op), flags, first, count, *ends, ACTS.index(step.act))
-    return _STEP.pack(*strings, *numbers, *sizes, 0, 0)
+    numbers = (OPS.index(step.op), flags, first, count, *ends, PLAN_ACTS.index(step.act))
+    return _STEP.pack(*strings, *numbers, *sizes, step.read_channel, 0)
 
 
 def decode_plan(data: Tensor, path: Path) -> Plan:
@@ -168,7 +172,7 @@ class _Reader:
             for record in _VALUE.iter_unpack(self._bytes[self._values_start : self._tensors_start])
         )
         steps = tuple(
-            self._read_step(name, spec, kernel, record[6:])
+            self._read_step(name, spec, kernel, record[6:], values)
             for (name, spec, kernel), record in zip(strings, records, strict=True)
         )
         used = (self._tensors_used, self._names_used, self._data_place)
@@ -191,14 +195,18 @@ class _Reader:
         _expect(f"a value below {self._values} or none", is_fit, index)
         return None if index == _NONE else index
 
-    def _read_step(self, name: str, spec: str, kernel: str, record: tuple[int, ...]) -> PlanStep:
+    def _read_step(
+        self, name: str, spec: str, kernel: str, record: tuple[int, ...], values: tuple[PlanValue, ...]
+    ) -> PlanStep:
         op, flags, first, count, x, residual, output, channel, act, *sizes = record
-        in_channels, out_channels, *pairs, groups, zero, zero2 = sizes
-        is_fit = op < len(OPS) and flags < 8 and act < len(ACTS) and zero == zero2 == 0
-        _expect(f"op, flags and reserved of {name}", is_fit, (op, flags, act, zero, zero2))
+        in_channels, out_channels, *pairs, groups, read_channel, zero = sizes
+        is_fit = op < len(OPS) and flags < 16 and act < len(PLAN_ACTS) and zero == 0
+        is_fit = is_fit and (read_channel == 0 or OPS[op] == "copy")
+        _expect(f"op, flags and reserved of {name}", is_fit, (op, flags, act, read_channel, zero))
         _expect(f"first tensor {self._tensors_used} of {name}", first == self._tensors_used, first)
         ends = self._read_index(x), self._read_index(residual), self._read_index(output)
-        _expect(f"ends of {name}", (ends[0] is None) == (ends[2] is None) == (self._values == 0), ends)
+        is_fit = (ends[0] is None) == (ends[2] is None) == (self._values == 0) or OPS[op] == "torch"
+        _expect(f"ends of {name}", is_fit, ends)
         kernel_size, stride, padding, dilation = zip(pairs[::2], pairs[1::2], strict=True)
         geometry = ConvGeometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         layer = None
@@ -206,10 +214,28 @@ class _Reader:
         if OPS[op] in ("conv2d", "linear"):
             layer = self._read_layer(name, OPS[op], spec, geometry, has_bias, is_native)
         else:
-            _expect(f"no weights of {name}", spec == "" and is_native and not has_bias, (spec, flags))
+            is_fit = spec == "" and not flags & (_HAS_BIAS | _HAS_CONSTANT)
+            _expect(f"no weights of {name}", is_fit and is_native == (OPS[op] != "torch"), (spec, flags))
+        constant = None
+        if flags & _HAS_CONSTANT:
+            constant = self._take_tensor(f"{name}.constant")
+            is_fit = ends[2] is not None and _is_like(constant, values[ends[2]])
+            _expect(f"a constant of {name} like its output", is_fit, list(constant.shape))
         _expect(f"{self._tensors_used - first} tensors of {name}", count == self._tensors_used - first, count)
         counts = bool(flags & _COUNTS_PADDING)
-        return PlanStep(name, OPS[op], geometry, layer, kernel, *ends, channel, ACTS[act], counts)
+        return PlanStep(
+            name,
+            OPS[op],
+            geometry,
+            layer,
+            kernel,
+            *ends,
+            channel,
+            PLAN_ACTS[act],
+            counts,
+            read_channel,
+            constant,
+        )
 
     def _read_layer(
         self, name: str, op: str, spec: str, geometry: ConvGeometry, has_bias: bool, is_native: bool
@@ -260,12 +286,18 @@ class _Reader:
         return self._data[start : start + size].view(dtype).view(shape)
 
 
-def _parts_of(layer: PlanLayer | None) -> list[tuple[str, Tensor]]:
-    if layer is None:
+def _parts_of(step: PlanStep) -> list[tuple[str, Tensor]]:
+    if step.layer is None:
         return []
-    packed = layer.packed
+    packed = step.layer.packed
     parts = zip(("values", *_PARTS[packed.values.dim()]), (packed.values, *packed.layout), strict=True)
-    return [*parts, *([] if layer.bias is None else [("bias", layer.bias)])]
+    others = (("bias", step.layer.bias), ("constant", step.constant))
+    return [*parts, *((name, tensor) for name, tensor in others if tensor is not None)]
+
+
+def _is_like(constant: Tensor, value: PlanValue) -> bool:
+    shape = (value.height, value.width, value.channels)
+    return (tuple(constant.shape), constant.dtype) == (shape, value.dtype)
 
 
 def _index(value: int | None) -> int:

@@ -18,6 +18,7 @@ class StepReport:
         dense_ms: with everything; None of a step without weights.
         ms: of what was chosen.
         kernel: that runs it; empty without weights.
+        note: why torch runs it; empty of a native step.
     """
 
     name: str
@@ -25,6 +26,7 @@ class StepReport:
     dense_ms: float | None
     ms: float
     kernel: str
+    note: str = ""
 
     @property
     def is_sparse(self) -> bool:
@@ -34,6 +36,8 @@ class StepReport:
     @property
     def reason(self) -> str:
         """Why the step runs as it does, in words."""
+        if self.note:
+            return f"left to torch: {self.note}"
         if self.dense_ms is None:
             return "no weights"
         if self.sparse_ms is None:
@@ -117,7 +121,8 @@ def _align(table: Sequence[Sequence[str]]) -> list[str]:
 
 def _shape(plan: Plan, step: PlanStep) -> str:
     g = step.geometry
-    assert step.x is not None
+    if step.x is None:
+        return ""
     x = plan.values[step.x]
     if step.op == "linear":
         return f"{g.in_channels}→{g.out_channels}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def draft_plan(lowered: Lowered, dtype: torch.dtype, is_sparse: dict[str, bool],
         values[lowered.output] = PlanValue(*lowered.sizes[lowered.output], torch.float32)
     names = _unique_names(lowered)
     steps = [
-        _make_step(draft, name, dtype, is_sparse.get(name, True))
+        _make_step(draft, name, dtype, is_sparse.get(name, True), values)
         for draft, name in zip(lowered.steps, names, strict=True)
     ]
     return Plan(tuple(steps), tuple(values), lowered.input, lowered.output, chunk, lowered.is_flat)
@@ -77,7 +79,9 @@ def _unique_names(lowered: Lowered) -> list[str]:
     return names
 
 
-def _make_step(draft: Draft, name: str, dtype: torch.dtype, is_sparse: bool) -> PlanStep:
+def _make_step(
+    draft: Draft, name: str, dtype: torch.dtype, is_sparse: bool, values: Sequence[PlanValue]
+) -> PlanStep:
     layer = None
     if draft.weight is not None:
         assert draft.kept is not None
@@ -89,7 +93,43 @@ def _make_step(draft: Draft, name: str, dtype: torch.dtype, is_sparse: bool) -> 
         bias = None if draft.bias is None else draft.bias.float()
         layer = PlanLayer(name, "linear" if draft.op == "linear" else "conv2d", packed, bias)
     ends = (draft.x, draft.residual, draft.output, draft.first_channel)
-    return PlanStep(name, draft.op, draft.geometry, layer, "", *ends, draft.act, draft.counts_padding)
+    constant = None
+    if draft.constant is not None:
+        assert draft.output is not None
+        assert draft.x is not None
+        sizes = values[draft.x].height, values[draft.x].width
+        constant = _act_unseen(draft, *sizes).permute(1, 2, 0).to(values[draft.output].dtype).contiguous()
+    rest = (draft.act, draft.counts_padding, draft.read_channel, constant)
+    return PlanStep(name, draft.op, draft.geometry, layer, "", *ends, *rest)
+
+
+def _act_unseen(draft: Draft, height: int, width: int) -> Tensor:
+    """The constant, through the activation where it is all there is: outputs that see no image.
+
+    Curves come after everything, natively too.
+    """
+    assert draft.constant is not None
+    constant = draft.constant.clone()
+    if draft.act not in ("relu", "relu6"):
+        return constant
+    done = constant.clamp(0, 6 if draft.act == "relu6" else None)
+    g = draft.geometry
+    spans = [
+        _seen(*sizes)
+        for sizes in zip(
+            (height, width), constant.shape[1:], g.kernel_size, g.stride, g.padding, g.dilation, strict=True
+        )
+    ]
+    (top, bottom), (left, right) = spans
+    done[:, top:bottom, left:right] = constant[:, top:bottom, left:right]
+    return done
+
+
+def _seen(size: int, out: int, window: int, stride: int, padding: int, dilation: int) -> tuple[int, int]:
+    """Outputs of one axis that see images: as csrc/runtime/framed.h has it."""
+    before = padding - dilation * (window - 1)
+    begin = min(max(0, -(-before // stride)), padding // stride)
+    return begin, min(out, (padding + size - 1) // stride + 1)
 
 
 def dense_pattern(draft: Draft) -> Pattern:

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import prune
 
 from vpns_kernels.convert import densify, freeze, mask_modules
 from vpns_kernels.formats import unpack
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
+
+aten = torch.ops.aten
+# What makes a tensor of nothing.
+_MAKERS = (aten.full.default, aten.arange.default, aten.arange.start_step, aten.scalar_tensor.default)
 
 
 class TraceError(ValueError):
@@ -28,15 +34,49 @@ class Traced:
 
     Args:
         graph: aten operations in order; its first tensor input is the images.
-        tensors: weights and buffers by the name of their placeholder.
-        names: the same by their name in the network.
+        tensors: weights, buffers, and what is computed of them alone, by the name of their node.
+        names: of the same nodes, their name in the network; of what is computed, that of its first input.
         masks: what is kept of a layer's weight, where the network says so, by the layer's name.
+        images: the node of the input.
     """
 
     graph: fx.Graph
     tensors: dict[str, Tensor]
     names: dict[str, str]
     masks: dict[str, Tensor]
+    images: fx.Node
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tensors."""
+        return next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
+
+    def without_values(self) -> Traced:
+        """The same with tensors that have sizes and types alone."""
+        meta = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
+        masks = {name: mask.to("meta") for name, mask in self.masks.items()}
+        return replace(self, tensors=meta, masks=masks)
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """Whether a node's result is [N, C] or [N, C, H, W], floating, for the batch's N."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dim() not in (2, 4) or not value.is_floating_point():
+            return False
+        batch = self.images.meta["val"].shape[0]
+        is_fixed = all(isinstance(extent, int) and extent > 0 for extent in value.shape[1:])
+        return is_fixed and str(value.shape[0]) == str(batch)
+
+
+def is_computed(node: fx.Node) -> bool:
+    """Whether the node computes activations, not sizes."""
+    value = node.meta.get("val")
+    return value is None or isinstance(value, Tensor | tuple | list)
+
+
+def place_of(node: fx.Node) -> str:
+    """The module that an operation stands in."""
+    stack = [str(name) for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return next((name for name in reversed(stack) if name), node.name)
 
 
 def trace_network(model: nn.Module, example: Tensor) -> Traced:
@@ -72,15 +112,47 @@ def trace_network(model: nn.Module, example: Tensor) -> Traced:
     for key, name in signature.inputs_to_lifted_tensor_constants.items():
         names[key], tensors[key] = name, exported.constants[name]
     found = {key: tensor.detach() for key, tensor in tensors.items() if tensor is not None}
-    return Traced(exported.graph, found, names, masks)
+    graph = exported.graph
+    graph.eliminate_dead_code()
+    _compute_constants(graph, found, names)
+    images = next(node for node in graph.nodes if node.op == "placeholder" and node.name not in names)
+    return Traced(graph, found, names, masks, images)
+
+
+def _compute_constants(graph: fx.Graph, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
+    """What depends on weights alone, such as a weight under the mask of torch.nn.utils.prune."""
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        is_constant = node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
+        is_constant = is_constant and all(source.name in tensors for source in inputs)
+        if not is_constant or not (inputs or node.target in _MAKERS):
+            continue
+        called: Any = node.target
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: tensors[source.name])
+        with torch.no_grad():
+            tensors[node.name] = called(*args, **kwargs)
+        names[node.name] = names[inputs[0].name] if inputs else node.name
 
 
 def _plain(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     """torch's own layers, in float32 on the CPU, and what sparse ones keep."""
     sparse = {n: m for n, m in model.named_modules() if isinstance(m, SparseConv2d | SparseLinear)}
     masks = {name: _find_kept(layer) for name, layer in sparse.items()}
-    plain = freeze(model) if mask_modules(model) else densify(model) if sparse else copy.deepcopy(model)
+    plain = freeze(model) if mask_modules(model) else densify(model) if sparse else _copy(model)
     return plain.to(device="cpu", dtype=torch.float32), masks
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy; masks of torch.nn.utils.prune are applied."""
+    # What prune computes is an attribute with a history, which deepcopy refuses.
+    computed = [value for module in model.modules() for value in vars(module).values()]
+    known = {id(t): t.detach().clone() for t in computed if isinstance(t, Tensor) and not t.is_leaf}
+    plain = copy.deepcopy(model, known)
+    for module in plain.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+    return plain
 
 
 def _find_kept(layer: SparseConv2d | SparseLinear) -> Tensor:
