@@ -22,6 +22,7 @@ from vpns_kernels.batch_norms import fuse_batch_norms
 from vpns_kernels.choose import query_of, this_machine
 from vpns_kernels.choose_training import choose_training
 from vpns_kernels.cost import LayerQuery
+from vpns_kernels.formats import why_not
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.kept_inputs import read_kept_inputs
 from vpns_kernels.modules import ChannelMask, MaskedConv2d, MaskedLinear
@@ -78,6 +79,9 @@ def choose_backends(predictor: Predictor, images: Tensor) -> dict[str, Any]:
             found[name] = {"backends": ["reference"] * 3, "reasons": dict.fromkeys(_PASSES, reason)}
             continue
         layer = predictor.network.get_submodule(name)
+        if refusal := _why_dense(layer):
+            found[name] = {"backends": ["reference"] * 3, "reasons": dict.fromkeys(_PASSES, refusal)}
+            continue
         query, with_scores = _query(layer, shape, dtype), isinstance(layer, MaskedConv2d | MaskedLinear)
         chosen = choose_training(query, machine, with_scores=with_scores)
         reasons = {name: getattr(chosen, name).reason for name in _PASSES}
@@ -108,6 +112,13 @@ def set_backends(network: nn.Module, backends: Mapping[str, Mapping[str, Any]] |
 
 def _trained_layers(network: nn.Module) -> dict[str, _Trained]:
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, _Trained)}
+
+
+def _why_dense(layer: nn.Module) -> str | None:
+    """Why only torch's dense layers can compute under this mask; None where the kernels can."""
+    if not isinstance(layer, MaskedConv2d):
+        return None
+    return why_not(layer.pattern, ConvGeometry.from_module(layer))
 
 
 def _query(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> LayerQuery:

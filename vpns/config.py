@@ -56,9 +56,10 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: resnet18, resnet50, vgg16, vgg16_bn, or module:factory for your own.
-        weights: a .safetensors or .pth file, torchvision:<name>, or the folder of another run; null to
-            pretrain on letters.
+        name: resnet18, resnet50, vgg16, vgg16_bn, any name of torchvision or timm (timm:<name> where both
+            have it), or module:factory for your own.
+        weights: a .safetensors or .pth file, torchvision:<name>, timm:<tag>, or the folder of another run;
+            null to pretrain on letters.
         source_classes: classes that the pretrained head tells apart.
     """
 

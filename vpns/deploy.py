@@ -20,6 +20,7 @@ from vpns.stages.pruned import Pruned, load_pruned
 from vpns_kernels import ConvGeometry, pack, parse_pattern
 from vpns_kernels.convert import mask_layers, mask_modules, weight_masks
 from vpns_kernels.engine import PlanLayer, read_artifact, write_artifact
+from vpns_kernels.formats import holding_pattern
 from vpns_kernels.measure import bench_network, fingerprint, measurement_lock
 from vpns_kernels.patterns import Pattern
 
@@ -71,7 +72,8 @@ def _weight_masks(pruned: Pruned, pattern: Pattern) -> dict[str, Tensor]:
 def _plan_layer(name: str, network: nn.Module, mask: Tensor, pattern: Pattern) -> PlanLayer:
     layer = network.get_submodule(name)
     assert isinstance(layer, nn.Conv2d | nn.Linear)
-    packed = pack(layer.weight, mask, pattern, ConvGeometry.from_module(layer))
+    geometry = ConvGeometry.from_module(layer)
+    packed = pack(layer.weight, mask, holding_pattern(pattern, geometry), geometry)
     bias = None if layer.bias is None else layer.bias.detach()
     return PlanLayer(name, "conv2d" if isinstance(layer, nn.Conv2d) else "linear", packed, bias)
 

@@ -83,6 +83,7 @@ def fuse_batch_norms(traced: fx.GraphModule) -> list[str]:
         >>> fuse_batch_norms(traced), traced.get_submodule("1").act
         (['1'], 'relu')
     """
+    _drop_identities(traced)
     modules, called_once = dict(traced.named_modules()), find_single_calls(traced)
     fused = []
     for node in list(traced.graph.nodes):
@@ -103,6 +104,16 @@ def fuse_batch_norms(traced: fx.GraphModule) -> list[str]:
     traced.graph.lint()
     traced.recompile()
     return fused
+
+
+def _drop_identities(traced: fx.GraphModule) -> None:
+    """What does nothing would stand between a batch norm and what follows it."""
+    modules = dict(traced.named_modules())
+    for node in list(traced.graph.nodes):
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if type(module) is nn.Identity and not has_hooks(module) and len(node.args) == 1:
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
 
 
 def _take_residual(graph: fx.Graph, node: fx.Node) -> fx.Node:

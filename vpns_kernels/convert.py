@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from vpns_kernels.channels import find_streams, trace_streams, zero_channels
+from vpns_kernels.formats import holding_pattern
+from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.modules import ChannelMask, MaskedConv2d, MaskedLinear, MaskModule, copy_attributes
 from vpns_kernels.patterns import Channel, Pattern
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
@@ -92,7 +94,8 @@ def sparsify(
     Args:
         masks: bool weight masks by layer name; layers without one stay dense. None takes the zeros of every
             layer that has any as its mask (networks pruned by any tool).
-        pattern: how the weights are packed; unstructured by default, which takes any mask.
+        pattern: how the weights are packed; unstructured by default, which takes any mask. So are grouped
+            convolutions whose groups the pattern's format cannot hold (depthwise ones, say).
         dtype: of the packed values; the weights' own by default.
 
     Raises:
@@ -112,7 +115,8 @@ def sparsify(
         layer = layers[name]
         twin: SparseConv2d | SparseLinear
         if isinstance(layer, nn.Conv2d):
-            twin = SparseConv2d.from_dense(layer, mask, pattern, dtype)
+            held = pattern and holding_pattern(pattern, ConvGeometry.from_module(layer))
+            twin = SparseConv2d.from_dense(layer, mask, held, dtype)
         else:
             twin = SparseLinear.from_dense(layer, mask, pattern, dtype)
         sparse = _replace(sparse, name, twin)

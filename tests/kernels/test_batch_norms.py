@@ -127,3 +127,24 @@ def test_running_statistics_follow_any_momentum(momentum: float | None) -> None:
         plain(x), twin(x)
     torch.testing.assert_close(twin.running_mean, plain.running_mean)
     torch.testing.assert_close(twin.running_var, plain.running_var)
+
+
+def test_what_follows_may_write_over_a_batch_norm_without_activation() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(inplace=True), nn.Conv2d(8, 4, 1))
+    traced = trace(copy.deepcopy(plain))
+    assert traced is not None
+    assert fuse_batch_norms(traced) == ["1"]
+    x = torch.randn(4, 3, 9, 9)
+    for network in (plain, traced):
+        network(x).square().sum().backward()
+    for ours, theirs in zip(traced.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_identities_do_not_keep_an_activation_from_its_batch_norm() -> None:
+    traced = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Identity(), nn.ReLU(inplace=True)))
+    assert traced is not None
+    assert fuse_batch_norms(traced) == ["1"]
+    assert traced.get_submodule("1").act == "relu"
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 2

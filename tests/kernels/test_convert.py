@@ -193,3 +193,18 @@ def test_packed_layers_train_under_distributed_data_parallel(tmp_path: Path, spe
     sparse(x).square().sum().backward()
     for name, parameter in sparse.named_parameters():
         assert torch.equal(found[name], parameter.grad), name
+
+
+@pytest.mark.parametrize("spec", ["block:8x8", "channel"])
+def test_grouped_convolutions_that_a_pattern_cannot_hold_are_packed_unstructured(spec: str) -> None:
+    depthwise = nn.Conv2d(16, 16, 3, groups=16)
+    plain = nn.Sequential(nn.Conv2d(3, 16, 3), depthwise, nn.Conv2d(16, 8, 1))
+    masks = {"1": torch.zeros_like(depthwise.weight, dtype=torch.bool)}
+    masks["1"][::2] = True
+    packed = sparsify(plain, masks, parse_pattern(spec))
+    layer = packed.get_submodule("1")
+    assert isinstance(layer, SparseConv2d)
+    assert layer.values.dim() == 1
+    x = torch.randn(2, 3, 9, 9)
+    plain[1].weight.data.mul_(masks["1"])
+    torch.testing.assert_close(packed(x), plain(x), rtol=1e-4, atol=1e-5)

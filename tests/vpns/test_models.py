@@ -149,7 +149,7 @@ def test_the_start_depends_on_the_seed_alone_and_leaves_the_global_generator_alo
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'resnet18', .* or 'module:factory', got 'resnet19'"):
+    with pytest.raises(ValueError, match=r"'module:factory', got 'resnet19' .* did you mean resnet1\d.*\?"):
         build_model(ModelConfig(name="resnet19"), 7, seed=3)
 
 
@@ -437,13 +437,15 @@ def test_a_torchvision_built_for_cuda_imports_on_a_cpu_only_torch(tmp_path: Path
         "def nms(dets, scores, iou_threshold): ...\n"
     )
     (package / "models.py").write_text("def list_models(module):\n    return ['reached']\n")
-    code = "from vpns.models.torchvision_weights import fetch_state; fetch_state('resnet18', 'X')"
+    code = "from vpns.models.published import fetch_torchvision_state as fetch; fetch('resnet18', 'X')"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "ValueError: fetch_state: expected an architecture of torchvision, got 'resnet18'" in done.stderr
 
 
 def test_importing_models_imports_no_torchvision() -> None:
-    code = "import sys, vpns.models, vpns.data; assert not {'torchvision', 'sklearn'} & set(sys.modules)"
+    code = (
+        "import sys, vpns.models, vpns.data; assert not {'torchvision', 'timm', 'sklearn'} & set(sys.modules)"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

@@ -8,8 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vpns.config import ModelConfig
-from vpns.models import MODELS, build_model, find_head, replace_head
-from vpns.models.published import build_published
+from vpns.models import build_model, find_head, load_exactly, replace_head
 from vpns.run import open_finished
 from vpns.stages.pruned import load_pruned
 from vpns_kernels.engine import read_artifact
@@ -49,10 +48,7 @@ def load_subject(name: str) -> BenchSubject:
         return _from_run(folder)
     if (folder / "manifest.json").is_file():
         return _from_artifact(folder)
-    if name in MODELS or ":" in name:
-        network = build_model(ModelConfig(name), _CLASSES, seed=0)
-    else:
-        network = build_published(name, _CLASSES)
+    network = build_model(ModelConfig(name), _CLASSES, seed=0)
     return BenchSubject(name, network.eval(), is_pruned(network))
 
 
@@ -76,7 +72,7 @@ def _from_artifact(folder: Path) -> BenchSubject:
         )
     model = ModelConfig(**{**manifest["model"], "weights": None})
     network = _fit_head(build_model(model, model.source_classes, seed=0), weights)
-    network.load_state_dict(dict(weights))
+    load_exactly(network, weights)
     canvas = (manifest.get("prompt") or {}).get("canvas")
     return BenchSubject(
         model.name, network.eval(), True, manifest.get("pattern"), manifest.get("density"), canvas
@@ -85,6 +81,8 @@ def _from_artifact(folder: Path) -> BenchSubject:
 
 def _fit_head(network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """With as many classes as the weights have: a run may have put a head of its own."""
+    if not any(isinstance(module, nn.Linear) for module in network.modules()):
+        return network
     name, head = find_head(network)
     found = weights.get(f"{name}.weight".removeprefix("."))
     return (

@@ -1,7 +1,8 @@
-"""Where do trained weights come from? A tensor file, a run folder or torchvision by name, checked by key."""
+"""Where do trained weights come from? A file, a run folder, torchvision or timm by name; checked by key."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,24 +11,40 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vpns.models.head import find_head
-from vpns.models.torchvision_weights import fetch_state
+from vpns.models.published import fetch_timm_state, fetch_torchvision_state
 
 # In a run folder, the best weights of the whole run and those of its first stage.
 _RUN_FILES = (Path("weights.safetensors"), Path("pretrain", "weights.safetensors"))
 _SHOWN_KEYS = 8
+_LIBRARIES = {"torchvision": fetch_torchvision_state, "timm": fetch_timm_state}
 
 
 def load_weights(model: nn.Module, source: str | Path, model_name: str = "") -> None:
     """Copy trained weights into the model, every one of them or none.
 
     Args:
-        source: a .safetensors, .pth or .pt file, a run folder, or "torchvision:NAME" (such as IMAGENET1K_V1).
-        model_name: torchvision's name of the architecture; needed for torchvision's weights alone.
+        source: a .safetensors, .pth or .pt file, a run folder, "torchvision:NAME" (such as IMAGENET1K_V1) or
+            "timm:TAG" (such as a1_in1k, or default).
+        model_name: the architecture's name in torchvision or timm; needed for their weights alone.
     """
     kind, _, weights_name = str(source).partition(":")
-    state = fetch_state(model_name, weights_name) if kind == "torchvision" else _read_state(Path(source))
+    fetch = _LIBRARIES.get(kind)
+    state = _read_state(Path(source)) if fetch is None else fetch(model_name, weights_name)
     _check_state(model, state, str(source))
-    model.load_state_dict(state)
+    own = model.state_dict()
+    load_exactly(model, {name: state.get(name, tensor) for name, tensor in own.items()})
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Copy a state dict of this very model, as a file of plain tensors holds it.
+
+    Args:
+        strict: whether it must be whole.
+    """
+    versioned = OrderedDict(state)
+    # Which version of each module wrote it: some refuse a state that does not say.
+    versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(versioned, strict=strict)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from vpns.config import PromptConfig, RunConfig
 from vpns.files import read_json, read_tensors, write_json
 from vpns.label_map import LabelMap, count_predictions, frequency_map, identity_map
 from vpns.methods import find_method
-from vpns.models import build_model, replace_head
+from vpns.models import build_model, load_exactly, replace_head
 from vpns.predictor import Predictor
 from vpns.prompt import Prompt, build_prompt
 from vpns.stages.context import Context
@@ -24,7 +24,7 @@ def load_source(context: Context) -> nn.Module:
     """The network as pretrained, with its own head."""
     config = context.config
     network = build_model(replace(config.model, weights=None), config.model.source_classes, config.seed)
-    network.load_state_dict(read_tensors(context.stage_folder("pretrain") / "weights.safetensors"))
+    load_exactly(network, read_tensors(context.stage_folder("pretrain") / "weights.safetensors"))
     return network
 
 
@@ -38,7 +38,7 @@ def load_trained(context: Context, stage: str) -> nn.Module:
     config = context.config
     network = build_model(replace(config.model, weights=None), config.model.source_classes, config.seed)
     network = _fit_head(context, network)
-    network.load_state_dict(read_tensors(context.stage_folder(stage) / "weights.safetensors"))
+    load_exactly(network, read_tensors(context.stage_folder(stage) / "weights.safetensors"))
     return network
 
 

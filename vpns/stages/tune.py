@@ -11,6 +11,7 @@ from torch import nn
 from vpns.batches import Pass
 from vpns.files import read_tensors, write_tensors
 from vpns.masking import attach_masks
+from vpns.models import load_exactly
 from vpns.optimizers import build_optimizer, set_learning_rate
 from vpns.prompt import Prompt
 from vpns.stages.check import compare_training
@@ -94,5 +95,5 @@ def _load_found(context: Context) -> nn.Module:
         for name, module in mask_modules(network).items():
             module.mask.copy_(masks[name])
             module.scores.requires_grad_(False)
-    network.load_state_dict(read_tensors(folder / "network.safetensors"), strict=False)
+    load_exactly(network, read_tensors(folder / "network.safetensors"), strict=False)
     return network

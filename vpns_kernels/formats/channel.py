@@ -12,10 +12,7 @@ from vpns_kernels.geometry import ConvGeometry
 
 def pack(weight: Tensor, mask: Tensor, geometry: ConvGeometry) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(values [kept K, kept C, R, S], (kept output, kept input channels)) of a mask of whole channels."""
-    if geometry.groups != 1:
-        raise NotImplementedError(
-            f"channel format: expected groups 1, got {geometry.groups} (use unstructured)"
-        )
+    check_groups(geometry)
     kept_out = mask.flatten(1).any(1)
     kept_in = mask.any(0).flatten(1).any(1)
     if not torch.equal(mask, (kept_out[:, None] & kept_in[None, :])[..., None, None].expand_as(mask)):
@@ -24,6 +21,14 @@ def pack(weight: Tensor, mask: Tensor, geometry: ConvGeometry) -> tuple[Tensor, 
         )
     layout = tuple(kept.nonzero().flatten().to(torch.int32) for kept in (kept_out, kept_in))
     return weight[kept_out][:, kept_in].contiguous(), layout
+
+
+def check_groups(geometry: ConvGeometry) -> None:
+    """Refuse grouped convolutions, of which fewer channels are no smaller dense weight."""
+    if geometry.groups != 1:
+        raise NotImplementedError(
+            f"channel format: expected groups 1, got {geometry.groups} (use unstructured)"
+        )
 
 
 def unpack(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vpns_kernels.formats import block, channel, unstructured
 from vpns_kernels.formats.base import Packed
 from vpns_kernels.geometry import ConvGeometry
-from vpns_kernels.patterns import Block, Channel, Pattern
+from vpns_kernels.patterns import Block, Channel, Pattern, Unstructured
 
 # The rank of the values tells the format.
 _FORMATS = {1: unstructured, 3: block, 4: channel}
@@ -57,6 +57,23 @@ def pack(
     else:
         values, layout = unstructured.pack(dense, kept, geometry)
     return Packed(values, layout, pattern, geometry)
+
+
+def holding_pattern(pattern: Pattern, geometry: ConvGeometry) -> Pattern:
+    """The pattern in whose format a weight is packed: its own, or, where that cannot, unstructured."""
+    return pattern if why_not(pattern, geometry) is None else Unstructured()
+
+
+def why_not(pattern: Pattern, geometry: ConvGeometry) -> str | None:
+    """Why the pattern's format cannot hold a weight of this geometry; None where it can."""
+    try:
+        if isinstance(pattern, Block):
+            block.sizes(geometry, pattern.bk, pattern.bc)
+        elif isinstance(pattern, Channel):
+            channel.check_groups(geometry)
+    except NotImplementedError as error:
+        return str(error)
+    return None
 
 
 def unpack(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> Tensor:

@@ -75,7 +75,8 @@ def batch_norm_act(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, eps, residual, act, backend = inputs
     y, mean, variance = output
-    ctx.save_for_backward(x, weight, bias, y, mean, variance)
+    # Without an activation y is not read again, and what follows may write over it.
+    ctx.save_for_backward(x, weight, bias, x if act == "none" else y, mean, variance)
     ctx.settings = (eps, act, residual is not None, backend)
     ctx.mark_non_differentiable(mean, variance)
 
