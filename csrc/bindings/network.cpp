@@ -38,6 +38,7 @@ void bind_network(py::module_& m) {
       .def_property_readonly("inputs", [](const Network& self) { return self.plan().inputs; }, "Values it takes.")
       .def_property_readonly("outputs", [](const Network& self) { return self.plan().outputs; }, "Values it gives.")
       .def_property_readonly("kernels", &Network::kernels, "Of each step; empty where it has no weights.")
+      .def("set_chunk", &Network::set_chunk, py::arg("chunk"), "Images that a thread takes at a time; not while it runs.")
       .def_property_readonly("bytes_per_image", &Network::bytes_per_image, "Of a thread's working memory.")
       .def(
           "run",

@@ -83,6 +83,11 @@ std::vector<std::string> Network::kernels() const {
   return names;
 }
 
+void Network::set_chunk(int64_t chunk) {
+  check(chunk >= 1, "Network::set_chunk", "at least one image", chunk);
+  plan_.chunk = chunk;
+}
+
 const PreparedConv& Network::prepared(size_t step, int64_t images) const {
   const std::lock_guard<std::mutex> guard(lock_);
   for (const int64_t key : {int64_t{0}, images}) {

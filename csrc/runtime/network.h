@@ -53,6 +53,8 @@ class Network {
   const Plan& plan() const { return plan_; }
   // The kernel that runs each step; empty where the step has no weights.
   std::vector<std::string> kernels() const;
+  // Images that a thread takes at a time, other than the plan says; not while it runs.
+  void set_chunk(int64_t chunk);
   int64_t bytes_per_image() const { return memory_.bytes; }
 
   // y = network(x) for any number of images; any number of threads may call at once, each with its own context.

@@ -36,14 +36,14 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def build(folder: Path, *options: str) -> Path:
-    """Bring the program up to date in a build folder; gives its path."""
+def build(folder: Path, *options: str, program: str = "kernels_test") -> Path:
+    """Bring a program up to date in a build folder; gives its path."""
     import pybind11
 
     python = (f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
     run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *python, *options)
-    run("cmake", "--build", folder, "--target", "kernels_test")
-    return folder / "kernels_test"
+    run("cmake", "--build", folder, "--target", program)
+    return folder / program
 
 
 def assert_passes(program: Path, rounds: int, seed: int = 1) -> None:

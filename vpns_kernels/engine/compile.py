@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,7 +12,6 @@ from vpns_kernels import native
 from vpns_kernels.engine.drafts import Lowered
 from vpns_kernels.engine.engine import Engine
 from vpns_kernels.engine.lower import lower
-from vpns_kernels.engine.plan import Plan
 from vpns_kernels.engine.report import StepReport
 from vpns_kernels.engine.select import draft_plan
 from vpns_kernels.engine.trace import trace_network
@@ -63,11 +61,12 @@ def compile(
     example = example_input.detach().float()
     lowered = lower(trace_network(model, example))
     threads_now = threads or torch.get_num_threads()
+    rivals = _Rivals(lowered, chosen, threads)
     best: _Timed | None = None
     for chunk in _CHUNKS:
         if best is not None and chunk * threads_now > len(example):
             break
-        timed = _time(lowered, chosen, chunk, example, threads_now)
+        timed = rivals.time(chunk, example[: chunk * threads_now])
         if best is None or timed.ms_per_image < _CLEARLY * best.ms_per_image:
             best = timed
     assert best is not None
@@ -89,43 +88,41 @@ class _Timed:
     reports: list[StepReport]
 
 
-def _time(lowered: Lowered, dtype: torch.dtype, chunk: int, example: Tensor, threads: int) -> _Timed:
-    x = example[: chunk * threads]
-    sparse = _profile(lowered, dtype, {}, chunk, x, threads)
-    names = [step.name for step in sparse.plan.steps]
-    pruned = [draft.kept is not None and not bool(draft.kept.all()) for draft in lowered.steps]
-    dense = (
-        _profile(lowered, dtype, dict.fromkeys(names, False), chunk, x, threads) if any(pruned) else sparse
-    )
-    notes = {program.name: program.note for program in lowered.programs}
-    reports = []
-    per_image_ms = 1e3 / len(x)
-    for place, step in enumerate(sparse.plan.steps):
-        ours, theirs = sparse.seconds[place] * per_image_ms, dense.seconds[place] * per_image_ms
-        takes_sparse = pruned[place] and ours < theirs
-        kernel = (sparse if takes_sparse else dense).kernels[place]
-        known = (ours if pruned[place] else None, theirs if step.layer is not None else None)
-        note = notes.get(lowered.steps[place].layer, "") if step.op == "torch" else ""
-        reports.append(StepReport(step.name, *known, ours if takes_sparse else theirs, kernel, note))
-    total = sum(report.ms for report in reports)
-    return _Timed(chunk, total, {report.name: report.is_sparse for report in reports}, reports)
+class _Rivals:
+    """The network twice: without what was pruned, and with everything."""
+
+    def __init__(self, lowered: Lowered, dtype: torch.dtype, threads: int | None) -> None:
+        self._lowered = lowered
+        self._pruned = [d.kept is not None and not bool(d.kept.all()) for d in lowered.steps]
+        plan = draft_plan(lowered, dtype, {})
+        self._sparse = self._dense = Engine(plan, threads=threads, programs=lowered.programs)
+        if any(self._pruned):
+            plan = draft_plan(lowered, dtype, dict.fromkeys([step.name for step in plan.steps], False))
+            self._dense = Engine(plan, threads=threads, programs=lowered.programs)
+
+    def time(self, chunk: int, x: Tensor) -> _Timed:
+        """What some images at a time for each thread cost."""
+        sparse = _profile(self._sparse, chunk, x)
+        dense = sparse if self._dense is self._sparse else _profile(self._dense, chunk, x)
+        notes = {program.name: program.note for program in self._lowered.programs}
+        reports = []
+        per_image_ms = 1e3 / len(x)
+        for place, step in enumerate(self._sparse.plan.steps):
+            ours, theirs = sparse[place] * per_image_ms, dense[place] * per_image_ms
+            takes_sparse = self._pruned[place] and ours < theirs
+            kernel = (self._sparse if takes_sparse else self._dense).kernels[place]
+            known = (ours if self._pruned[place] else None, theirs if step.layer is not None else None)
+            note = notes.get(self._lowered.steps[place].layer, "") if step.op == "torch" else ""
+            reports.append(StepReport(step.name, *known, ours if takes_sparse else theirs, kernel, note))
+        total = sum(report.ms for report in reports)
+        return _Timed(chunk, total, {report.name: report.is_sparse for report in reports}, reports)
 
 
-@dataclass(frozen=True)
-class _Profile:
-    plan: Plan
-    seconds: list[float]
-    kernels: list[str]
-
-
-def _profile(
-    lowered: Lowered, dtype: torch.dtype, is_sparse: Mapping[str, bool], chunk: int, x: Tensor, threads: int
-) -> _Profile:
-    plan = draft_plan(lowered, dtype, dict(is_sparse), chunk)
-    engine = Engine(plan, threads=threads, programs=lowered.programs)
+def _profile(engine: Engine, chunk: int, x: Tensor) -> list[float]:
+    engine.set_chunk(chunk)
     engine(x)
     runs = [engine.profile(x) for _ in range(_REPEATS)]
-    return _Profile(engine.plan, [min(times) for times in zip(*runs, strict=True)], engine.kernels)
+    return [min(times) for times in zip(*runs, strict=True)]
 
 
 def _dtype(dtype: DType | torch.dtype) -> torch.dtype:

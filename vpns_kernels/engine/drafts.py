@@ -8,6 +8,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, fx
 
+from vpns_kernels.engine.layer import PlanLayer
 from vpns_kernels.engine.plan import Op
 from vpns_kernels.engine.programs import TorchProgram
 from vpns_kernels.engine.trace import Traced, is_computed, place_of
@@ -30,6 +31,7 @@ class Draft:
         kept: bool, as weight: what was not pruned.
         constant: float64 [K, P, Q], added to every image; where no image is seen it is all there is.
         segment: steps of others are not changed by later ones.
+        layers: its weights packed, by dtype and whether what was pruned is left out.
     """
 
     op: Op
@@ -47,6 +49,7 @@ class Draft:
     read_channel: int = 0
     constant: Tensor | None = None
     segment: int = 0
+    layers: dict[tuple[torch.dtype, bool], PlanLayer] = field(default_factory=dict)
 
     @property
     def takes_residual(self) -> bool:

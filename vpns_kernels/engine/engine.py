@@ -110,6 +110,11 @@ class Engine:
         self._run(x, seconds)
         return seconds.tolist()
 
+    def set_chunk(self, chunk: int) -> None:
+        """Let each thread take as many images at a time; for compiling, while nobody calls."""
+        for part in self._parts:
+            part.set_chunk(chunk)
+
     def store_programs(self) -> list[bytes]:
         """What is left to torch, as torch.export stores it; ValueError where it cannot."""
         assert self.plan.input is not None

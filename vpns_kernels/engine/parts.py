@@ -26,6 +26,9 @@ class EnginePart(Protocol):
     steps: range
     kernels: list[str]
 
+    def set_chunk(self, chunk: int) -> None:
+        """Images that a thread takes at a time."""
+
     def run(self, tensors: dict[int, Tensor], context: Any, threads: int, seconds: Tensor | None) -> None:
         """Read and write tensors of a call, by their value; add the time of each step of the plan."""
 
@@ -49,6 +52,9 @@ class NativePart:
         strides = {port.value: port.strides for program in programs for port in program.reads}
         self._outputs = [(value, strides.get(value)) for value in self._network.outputs]
         self._inputs: list[int] = self._network.inputs
+
+    def set_chunk(self, chunk: int) -> None:
+        self._network.set_chunk(chunk)
 
     def run(self, tensors: dict[int, Tensor], context: Any, threads: int, seconds: Tensor | None) -> None:
         values = self._plan.values
@@ -74,6 +80,9 @@ class TorchPart:
     def __init__(self, program: TorchProgram, steps: range) -> None:
         self.steps, self.program = steps, program
         self.kernels = ["torch"] * len(steps)
+
+    def set_chunk(self, chunk: int) -> None:
+        """torch takes all at once."""
 
     def run(self, tensors: dict[int, Tensor], context: Any, threads: int, seconds: Tensor | None) -> None:
         started = time.perf_counter()

@@ -18,6 +18,8 @@ _BLOCKS = (
     *((64, 64), (32, 64), (64, 32), (32, 32), (16, 32), (32, 16), (16, 16)),
     *((8, 16), (16, 8), (8, 8), (16, 4), (16, 1)),
 )
+# Output channels that are looked at first: whole rows of each block, and enough to refuse most.
+_FIRST_ROWS = 64
 # Blocks from here on read and write channels where they are; whole channels have to be gathered.
 _LEAST_PREFERRED = 16
 
@@ -38,11 +40,16 @@ def detect_pattern(kept: Tensor, groups: int = 1) -> Pattern | None:
         if bk < _LEAST_PREFERRED and groups == 1 and _is_channel(kept):
             return Channel()
         pattern = Block(bk, bc)
-        counts = pattern.reduce_sum(kept.float())
-        sizes = pattern.reduce_sum(torch.ones_like(kept, dtype=torch.float32))
-        if bool(((counts == 0) | (counts == sizes)).all()):
+        if _obeys(kept[:_FIRST_ROWS], pattern) and _obeys(kept, pattern):
             return pattern
     return Channel() if groups == 1 and _is_channel(kept) else Unstructured()
+
+
+def _obeys(kept: Tensor, pattern: Block) -> bool:
+    """Whether each block is kept, or dropped, whole."""
+    counts = pattern.reduce_sum(kept.float())
+    sizes = pattern.reduce_sum(torch.ones_like(kept, dtype=torch.float32))
+    return bool(((counts == 0) | (counts == sizes)).all())
 
 
 def _is_channel(kept: Tensor) -> bool:
@@ -84,14 +91,9 @@ def _make_step(
 ) -> PlanStep:
     layer = None
     if draft.weight is not None:
-        assert draft.kept is not None
-        g = draft.geometry
-        kept = draft.kept if is_sparse else torch.ones_like(draft.kept)
-        pattern = detect_pattern(kept, g.groups) or dense_pattern(draft)
-        weight = torch.where(draft.kept, draft.weight, 0.0)
-        packed = pack(weight, kept, pattern, g, dtype)
-        bias = None if draft.bias is None else draft.bias.float()
-        layer = PlanLayer(name, "linear" if draft.op == "linear" else "conv2d", packed, bias)
+        if (dtype, is_sparse) not in draft.layers:
+            draft.layers[dtype, is_sparse] = _pack(draft, name, dtype, is_sparse)
+        layer = draft.layers[dtype, is_sparse]
     ends = (draft.x, draft.residual, draft.output, draft.first_channel)
     constant = None
     if draft.constant is not None:
@@ -101,6 +103,17 @@ def _make_step(
         constant = _act_unseen(draft, *sizes).permute(1, 2, 0).to(values[draft.output].dtype).contiguous()
     rest = (draft.act, draft.counts_padding, draft.read_channel, constant)
     return PlanStep(name, draft.op, draft.geometry, layer, "", *ends, *rest)
+
+
+def _pack(draft: Draft, name: str, dtype: torch.dtype, is_sparse: bool) -> PlanLayer:
+    assert draft.kept is not None
+    assert draft.weight is not None
+    g = draft.geometry
+    kept = draft.kept if is_sparse else torch.ones_like(draft.kept)
+    pattern = detect_pattern(kept, g.groups) or dense_pattern(draft)
+    packed = pack(torch.where(draft.kept, draft.weight, 0.0), kept, pattern, g, dtype)
+    bias = None if draft.bias is None else draft.bias.float()
+    return PlanLayer(name, "linear" if draft.op == "linear" else "conv2d", packed, bias)
 
 
 def _act_unseen(draft: Draft, height: int, width: int) -> Tensor:

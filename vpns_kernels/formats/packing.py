@@ -47,7 +47,7 @@ def pack(
         )
     dense = weight.detach().reshape(geometry.weight_shape).cpu().to(dtype)
     kept = mask.reshape(geometry.weight_shape).cpu()
-    if not bool(dense[kept].isfinite().all()):
+    if not bool((dense.isfinite() | ~kept).all()):
         raise ValueError(f"pack: expected weights finite in {dtype}, got NaN or infinity among the kept ones")
     dense = torch.where(kept, dense, torch.zeros((), dtype=dtype))
     if isinstance(pattern, Block):
