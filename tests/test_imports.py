@@ -64,7 +64,14 @@ TRAINER_ROOMS = [
     ),
     ("vpns.methods", "vpns.prompt", "vpns.masking", "vpns.label_map", "vpns.data", "vpns.models"),
     ("vpns.files", "vpns.torchvision"),
-    ("vpns.config", "vpns.bench_options", "vpns.complaint", "vpns.sweep_options"),
+    (
+        "vpns.config",
+        "vpns.bench_options",
+        "vpns.complaint",
+        "vpns.sweep_options",
+        "vpns.report_options",
+        "vpns.statistics",
+    ),
 ]
 # Known exceptions, each with its reason.
 ALLOWED = {

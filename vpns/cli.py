@@ -18,6 +18,7 @@ from vpns.complaint import USER_ERRORS, describe_error
 from vpns.config import RunConfig, flatten
 from vpns.data_command import parse_data, run_data
 from vpns.option_help import describe_options
+from vpns.report_options import find_comparison, parse_comparison
 from vpns.sweep_options import parse_sweep
 
 Format = Literal["artifact", "onnx", "torch"]
@@ -33,7 +34,7 @@ COMMANDS = {
     "eval": "test, once",
     "export": "write the artifact",
     "bench": "time sparse against dense (of any network: vpns bench --model NAME --help)",
-    "report": "write report.md and report.json",
+    "report": "write report.html and report.json (of several runs: vpns report RUN RUN ...)",
 }
 
 
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _examine(arguments)
         if list(arguments[:1]) == ["sweep"]:
             return _sweep(arguments[1:])
+        if (options := find_comparison(arguments)) is not None:
+            return _compare(options)
         if (options := find_bench(arguments)) is not None:
             return _bench(options)
         if list(arguments[:1]) == ["data"]:
@@ -216,6 +219,15 @@ def _bench(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     print(to_text(report))
+    return 0
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    """Write one report of several runs, and say where it is."""
+    options = parse_comparison(arguments)
+    from vpns.report.several import compare_folders
+
+    print(compare_folders(options.folders, options.output))
     return 0
 
 

@@ -1,8 +1,31 @@
-"""How are values written for people? Tables in markdown, and numbers of three digits."""
+"""How is a report written as markdown? Its sections in order; also tables and numbers of three digits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from vpns.report.blocks import Block, Command, Picture, Section, Table
+
+
+def render_markdown(sections: Sequence[Section]) -> str:
+    """The whole text; pictures are PNG files beside it."""
+    parts = []
+    for section in sections:
+        parts.append(f"{'#' * section.level} {section.title}")
+        parts += [_render(block) for block in section.blocks]
+    return "\n\n".join(parts) + "\n"
+
+
+def _render(block: Block) -> str:
+    match block:
+        case Table(header, rows):
+            return to_markdown(header, rows)
+        case Picture(name, caption):
+            return f"![{name}.png]({name}.png)\n\n*{caption}*"
+        case Command(text):
+            return f"```\n{text}\n```"
+        case _:
+            return block
 
 
 def to_markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

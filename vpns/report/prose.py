@@ -6,47 +6,44 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vpns.report.blocks import Block, Command, Picture, Section, Table
 from vpns.report.facts import Facts
 from vpns.report.finding import Finding
-from vpns.report.markdown import show_number, to_markdown
+from vpns.report.markdown import show_number
 from vpns.report.speed import describe_machine, show_engines, show_layers, show_ratio
 from vpns.report.tables import tabulate_training
 
 _SIGNS = {"ok": "ok", "unclear": "**unclear**", "failed": "**FAILED**", "absent": "-"}
 _CAPTIONS = {
-    "curves.png": "Loss and accuracy over the epochs of each stage; validation chose the checkpoint. "
+    "curves": "Loss and accuracy over the epochs of each stage; validation chose the checkpoint. "
     "Pretraining is another task, so its numbers do not compare with those of the others.",
-    "prompt.png": "The learned prompt, and one validation image as the network sees it.",
-    "density.png": "The share of its weights that each layer keeps.",
-    "times.png": "Dense and sparse time of each layer; a speedup below 1 is a loss.",
+    "prompt": "The learned prompt, and one validation image as the network sees it.",
+    "density": "The share of its weights that each layer keeps.",
+    "times": "Dense and sparse time of each layer; a speedup below 1 is a loss.",
 }
 
 
-def write_prose(facts: Facts, findings: Sequence[Finding], plots: Sequence[str]) -> str:
-    """The whole of report.md.
+def write_prose(facts: Facts, findings: Sequence[Finding], plots: Sequence[str]) -> list[Section]:
+    """The whole report.
 
     Args:
-        plots: names of the PNG files that were drawn.
+        plots: names of the plots that were drawn.
     """
-    sections = [
-        f"# {facts.config.model.name} pruned to density {facts.config.density:g} ({facts.config.pattern})",
-        _summarise(facts),
-        "## Result\n\n" + _show_result(facts),
-        "## Diagnosis\n\n" + _show_diagnosis(findings),
-        "## Accuracy\n\n" + _show_accuracy(facts),
-        _show_plot("curves.png", plots),
-        "## Prompt\n\n" + _describe_prompt(facts),
-        _show_plot("prompt.png", plots),
-        "## Density\n\n" + _describe_mask(facts),
-        _show_plot("density.png", plots),
-        "## Time\n\n" + describe_machine(facts),
-        *(show_engines(network) for network in facts.bench["networks"]),
-        _show_plot("times.png", plots),
-        *(show_layers(network) for network in facts.bench["networks"]),
-        "## Training\n\n" + _show_training(facts),
-        "## Again\n\n" + _tell_how(facts),
+    networks = facts.bench["networks"]
+    title = f"{facts.config.model.name} pruned to density {facts.config.density:g} ({facts.config.pattern})"
+    return [
+        Section(title, (_summarise(facts),), level=1),
+        Section("Result", (_show_result(facts),)),
+        Section("Diagnosis", _show_diagnosis(findings)),
+        Section("Accuracy", (*_show_accuracy(facts), *_show_plot("curves", plots))),
+        Section("Prompt", (_describe_prompt(facts), *_show_plot("prompt", plots))),
+        Section("Density", (_describe_mask(facts), *_show_plot("density", plots))),
+        Section("Time", (describe_machine(facts), *_show_plot("times", plots))),
+        *(show_engines(network) for network in networks),
+        *(show_layers(network) for network in networks),
+        Section("Training", _show_training(facts)),
+        Section("Again", _tell_how(facts)),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _summarise(facts: Facts) -> str:
@@ -71,7 +68,7 @@ def _tell_speed(speedup: float) -> str:
     return f"{speedup:.2f}x as fast" if speedup >= 1 else f"**slower, {speedup:.2f}x as fast**"
 
 
-def _show_result(facts: Facts) -> str:
+def _show_result(facts: Facts) -> Table:
     tested, found = facts.result("eval"), facts.result("search")
     rows: list[tuple[str, ...]] = []
     for name, key, label in (
@@ -93,20 +90,20 @@ def _show_result(facts: Facts) -> str:
         name = f"time, ms, {network['image_size']} px, batch {network['batch']}"
         dense = f"{network['dense_ms']:.3g} ({network['best_dense']})"
         rows.append((name, dense, f"{network['sparse_ms']:.3g}", show_ratio(network)))
-    return to_markdown(("", "dense", "sparse", "sparse against dense"), rows)
+    return Table(("", "dense", "sparse", "sparse against dense"), rows)
 
 
-def _show_diagnosis(findings: Sequence[Finding]) -> str:
+def _show_diagnosis(findings: Sequence[Finding]) -> tuple[Block, ...]:
     rows = [
         (f.name, show_number(f.value), show_number(f.limit), _SIGNS[f.verdict], f.cause) for f in findings
     ]
     bad = sum(finding.verdict == "failed" for finding in findings)
     unclear = sum(finding.verdict == "unclear" for finding in findings)
     head = f"{bad} of {len(findings)} checks failed, {unclear} unclear." if bad + unclear else "All is well."
-    return head + "\n\n" + to_markdown(("", "value", "limit", "verdict ", "cause, and what to try "), rows)
+    return head, Table(("", "value", "limit", "verdict ", "cause, and what to try "), rows)
 
 
-def _show_accuracy(facts: Facts) -> str:
+def _show_accuracy(facts: Facts) -> tuple[Block, ...]:
     rows = [
         (
             f"{pair.first} → {pair.second}",
@@ -122,10 +119,10 @@ def _show_accuracy(facts: Facts) -> str:
     header = ("", "only first right", "only second right", "both", "neither", "difference, points", "p")
     return (
         f"The same {facts.pairs[0].images:,} test images through each network, touched once, after all "
-        "choices were made. Dense is the same pretrained network, tuned as long on plain images.\n\n"
-        + to_markdown(header, rows)
-        + "\n\nAfter ± is one standard error of the paired difference; p is the exact sign test's. Every "
-        "image's logits: [outputs.safetensors](../eval/outputs.safetensors)."
+        "choices were made. Dense is the same pretrained network, tuned as long on plain images.",
+        Table(header, rows),
+        "After ± is one standard error of the paired difference; p is the exact sign test's. Every "
+        "image's logits: [outputs.safetensors](../eval/outputs.safetensors).",
     )
 
 
@@ -152,16 +149,16 @@ def _describe_mask(facts: Facts) -> str:
     )
 
 
-def _show_plot(name: str, plots: Sequence[str]) -> str:
-    return f"![{name}]({name})\n\n*{_CAPTIONS[name]}*" if name in plots else ""
+def _show_plot(name: str, plots: Sequence[str]) -> tuple[Block, ...]:
+    return (Picture(name, _CAPTIONS[name]),) if name in plots else ()
 
 
-def _show_training(facts: Facts) -> str:
+def _show_training(facts: Facts) -> tuple[Block, ...]:
     keys = ("updates", "images_seen", "seconds", "val_accuracy", "best_epoch")
     rows = [(row["stage"], *(_show_count(row[key]) for key in keys)) for row in tabulate_training(facts)]
     header = ("stage", "updates", "images seen", "seconds", "best validation accuracy, %", "in epoch")
-    table = to_markdown(header, rows) + "\n\nRows: [training.csv](training.csv), [curves.csv](curves.csv)."
-    return "\n\n".join((table, *(_tell_who(stage, facts.choices[stage]) for stage in facts.choices)))
+    told = "Rows: [training.csv](training.csv), [curves.csv](curves.csv)."
+    return Table(header, rows), told, *(_tell_who(stage, facts.choices[stage]) for stage in facts.choices)
 
 
 def _tell_who(stage: str, layers: Mapping[str, Any]) -> str:
@@ -177,17 +174,18 @@ def _tell_who(stage: str, layers: Mapping[str, Any]) -> str:
     )
 
 
-def _tell_how(facts: Facts) -> str:
+def _tell_how(facts: Facts) -> tuple[Block, ...]:
     folder = facts.folder.as_posix()
     again = shlex.join(["vpns", "run", f"{folder}-again", "--config", f"{folder}/report/config.yaml"])
     machine = facts.bench["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     state = " with uncommitted changes" if machine["dirty"] else ""
     return (
-        f"```\n{again}\n```\n\nAll settings, the seed {facts.config.seed} and the "
+        Command(again),
+        f"All settings, the seed {facts.config.seed} and the "
         f"{facts.config.threads} threads among them, are in [config.yaml](config.yaml). "
         f"Commit {machine['commit'] or 'unknown'}{state}; "
-        f"{versions}. The numbers of this page: [report.json](report.json)."
+        f"{versions}. The numbers of this page: [report.json](report.json).",
     )
 
 

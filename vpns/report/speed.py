@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vpns.report.blocks import Section, Table
 from vpns.report.facts import Facts
-from vpns.report.markdown import show_number, to_markdown
+from vpns.report.markdown import show_number
 
 # Layers that are named where time goes, the costliest first.
 _NAMED = 3
@@ -22,18 +23,18 @@ def describe_machine(facts: Facts) -> str:
     )
 
 
-def show_engines(network: dict[str, Any]) -> str:
+def show_engines(network: dict[str, Any]) -> Section:
     """A whole network, dense and sparse."""
     rows = [
         (row["engine"], *(show_number(row[key]) for key in ("median_ms", "p20_ms", "p80_ms")))
         for row in tabulate_engines(network)
     ]
-    return (
-        f"### {network['image_size']} px, batch {network['batch']}: {show_ratio(network)}\n\n"
-        + to_markdown(("engine", "median, ms", "20%", "80%"), rows)
-        + f"\n\n{network['sparse_flops_frac']:.1%} of the FLOPs of pruned layers ran sparse; largest "
+    told = (
+        f"{network['sparse_flops_frac']:.1%} of the FLOPs of pruned layers ran sparse; largest "
         f"relative output error {network['max_rel_err']:.2g}."
     )
+    title = f"{network['image_size']} px, batch {network['batch']}: {show_ratio(network)}"
+    return Section(title, (Table(("engine", "median, ms", "20%", "80%"), rows), told), level=3)
 
 
 def tabulate_engines(network: dict[str, Any]) -> list[dict[str, Any]]:
@@ -48,7 +49,7 @@ def tabulate_engines(network: dict[str, Any]) -> list[dict[str, Any]]:
     return [*dense, sparse]
 
 
-def show_layers(network: dict[str, Any]) -> str:
+def show_layers(network: dict[str, Any]) -> Section:
     """Every pruned layer, how it runs and why."""
     rows = [
         (
@@ -75,7 +76,7 @@ def show_layers(network: dict[str, Any]) -> str:
         "of the time",
         "why ",
     )
-    return f"### Layers at {network['image_size']} px\n\n" + to_markdown(header, rows)
+    return Section(f"Layers at {network['image_size']} px", (Table(header, rows),), level=3)
 
 
 def explain_time(network: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ from vpns.files import make_folder, write_json, write_tensors, write_text
 from vpns.report.diagnosis import diagnose
 from vpns.report.facts import STAGES, Facts, read_facts
 from vpns.report.finding import Finding
+from vpns.report.html import render_html
+from vpns.report.markdown import render_markdown
 from vpns.report.picture import picture_prompt
 from vpns.report.plots import draw_plots
 from vpns.report.prose import write_prose
@@ -22,7 +24,7 @@ from vpns.state import SCHEMA_VERSION
 
 
 def write_report(run_folder: Path, images: ImageSet | None = None) -> None:
-    """Write <run_folder>/report: report.md, report.json, config.yaml, a CSV for each table, and plots.
+    """Write <run_folder>/report: report.md and .html, report.json, config.yaml, a CSV for each table, plots.
 
     Args:
         images: the run's images where they are loaded already; one of them is shown.
@@ -44,7 +46,9 @@ def write_report(run_folder: Path, images: ImageSet | None = None) -> None:
         pictures = picture_prompt(facts.config.prompt, facts.prompt, facts.example)
         write_tensors(folder / "prompt.safetensors", pictures)
     plots = draw_plots(folder)
-    write_text(folder / "report.md", write_prose(facts, findings, plots))
+    sections = write_prose(facts, findings, list(plots))
+    write_text(folder / "report.md", render_markdown(sections))
+    write_text(folder / "report.html", render_html(sections, plots))
 
 
 def summarise(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:

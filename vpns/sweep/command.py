@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vpns.complaint import USER_ERRORS
+from vpns.report.outcome import Row
+from vpns.report.several import compare_folders
 from vpns.sweep.estimate import estimate_cost
 from vpns.sweep.grid import Grid
-from vpns.sweep.results import Row
 from vpns.sweep.sweep import Swept, run_sweep
 from vpns.sweep_options import SweepOptions
 
@@ -41,6 +42,8 @@ def do_sweep(grid: Grid, options: SweepOptions, again: str) -> int:
         print(f"vpns: interrupted; `{again}` goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(to_text(swept.rows))
+    if any(row["accuracy"] is not None for row in swept.rows):
+        print(compare_folders([options.folder], options.folder / "report"))
     return tell_failures(swept, options.folder)
 
 

@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from vpns.complaint import USER_ERRORS, describe_error
 from vpns.config import RunConfig
-from vpns.files import make_folder, read_json
+from vpns.files import make_folder
 
 # What runs of equal settings up to here have in common.
 SHARED_STAGES = ("pretrain", "dense")
@@ -73,11 +73,6 @@ class Executor(Protocol):
 def is_finished(job: Job) -> bool:
     """Whether the job's last stage has finished, in this sweep or before."""
     return (job.folder / job.until / "stage.json").is_file()
-
-
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """What each finished stage of a run recorded."""
-    return {path.parent.name: read_json(path)["result"] for path in sorted(folder.glob("*/stage.json"))}
 
 
 def do_job(job: Job) -> Outcome:

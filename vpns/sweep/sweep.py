@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TextIO
 
 from vpns.files import write_json
+from vpns.report.outcome import Row, describe_run
 from vpns.report.tables import write_table
 from vpns.state import SCHEMA_VERSION, lock_folder
 from vpns.sweep.grid import Grid
@@ -16,7 +17,7 @@ from vpns.sweep.job import Executor, Job, Outcome, is_finished
 from vpns.sweep.local import LocalExecutor
 from vpns.sweep.on_ray import RayExecutor
 from vpns.sweep.plan import open_sweep, plan_jobs
-from vpns.sweep.results import Row, collect_rows, describe_run
+from vpns.sweep.results import collect_rows
 from vpns.sweep.schedule import schedule
 from vpns.sweep_options import SweepOptions
 

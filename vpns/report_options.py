@@ -1,0 +1,40 @@
+"""What can `vpns report` be told of several runs? Which, and where the comparison goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Runs, or sweeps with all their runs, and the folder of the comparison."""
+
+    folders: tuple[Path, ...]
+    output: Path
+
+
+def find_comparison(arguments: Sequence[str]) -> list[str] | None:
+    """The options of `vpns report RUN RUN...` or `vpns report SWEEP`; None for the report of one run."""
+    if list(arguments[:1]) != ["report"]:
+        return None
+    options = list(arguments[1:])
+    folders = list(takewhile(lambda word: not word.startswith("-"), options))
+    is_sweep = len(folders) == 1 and (Path(folders[0]) / "sweep.json").is_file()
+    return options if len(folders) > 1 or is_sweep else None
+
+
+def parse_comparison(options: Sequence[str]) -> CompareOptions:
+    """What they say; a sweep alone keeps its comparison."""
+    parser = ArgumentParser(prog="vpns report", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", type=str, help="runs, or sweeps")
+    parser.add_argument("--output", type=str, help="folder of the comparison (default: comparison)")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    given = parser.parse_args(list(options))
+    folders = tuple(dict.fromkeys(map(Path, given.folders)))
+    own = folders[0] / "report" if len(folders) == 1 else Path("comparison")
+    return CompareOptions(folders, Path(given.output) if given.output else own)
