@@ -49,7 +49,16 @@ TRAINER_ROOMS = [
     ("vpns.cli", "vpns.__main__", "vpns.option_help", "vpns.data_command"),
     ("vpns.sweep",),
     ("vpns.run",),
-    ("vpns.stages", "vpns.report", "vpns.deploy", "vpns.doctor", "vpns.bench", "vpns.exchange"),
+    ("vpns.dry_run",),
+    (
+        "vpns.estimate",
+        "vpns.stages",
+        "vpns.report",
+        "vpns.deploy",
+        "vpns.doctor",
+        "vpns.bench",
+        "vpns.exchange",
+    ),
     (
         "vpns.step",
         "vpns.group",
@@ -66,6 +75,7 @@ TRAINER_ROOMS = [
     ("vpns.files", "vpns.torchvision"),
     (
         "vpns.config",
+        "vpns.preset_files",
         "vpns.bench_options",
         "vpns.complaint",
         "vpns.sweep_options",

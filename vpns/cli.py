@@ -18,6 +18,7 @@ from vpns.complaint import USER_ERRORS, describe_error
 from vpns.config import RunConfig, flatten
 from vpns.data_command import parse_data, run_data
 from vpns.option_help import describe_options
+from vpns.preset_files import find_preset, list_presets
 from vpns.report_options import find_comparison, parse_comparison
 from vpns.sweep_options import parse_sweep
 
@@ -60,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from vpns.run import execute
 
     try:
+        if asked.is_dry:
+            from vpns.dry_run import describe_run
+
+            print(describe_run(asked.config, asked.folder))
+            return 0
         if asked.downloads:
             from vpns.data.download import download_data
 
@@ -89,6 +95,7 @@ class Asked:
         checks: whether search and tune compare their kernels with the dense reference before they train.
         format: what `export` writes beside the artifact.
         downloads: whether to fetch the data set first, where it is not there.
+        is_dry: whether to say what would be done, and do nothing.
     """
 
     folder: Path
@@ -98,6 +105,7 @@ class Asked:
     checks: bool = False
     format: Format = "artifact"
     downloads: bool = False
+    is_dry: bool = False
 
 
 def parse(arguments: Sequence[str]) -> Asked:
@@ -122,6 +130,7 @@ def parse(arguments: Sequence[str]) -> Asked:
         checks=chosen.check,
         format=chosen.get("format") or "artifact",
         downloads=chosen.download,
+        is_dry=chosen.dry_run,
     )
 
 
@@ -141,15 +150,21 @@ def _parse_with(defaults: dict[str, Any], arguments: Sequence[str]) -> tuple[str
 
 
 def _split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """--config with its file, and all other arguments."""
+    """--config with its file, after that of a --preset, and all other arguments."""
+    presets: list[str] = []
     ahead: list[str] = []
     others: list[str] = []
-    takes_next = False
+    taker = None
     for argument in arguments:
-        is_config = takes_next or argument == "--config" or argument.startswith("--config=")
-        (ahead if is_config else others).append(argument)
-        takes_next = argument == "--config"
-    return ahead, others
+        kind, _, value = (taker, "", argument) if taker else argument.partition("=")
+        is_alone = taker is None and argument in ("--config", "--preset")
+        if kind == "--preset":
+            others.append(argument)
+            presets += [] if is_alone else [f"--config={find_preset(value)}"]
+        else:
+            (ahead if kind == "--config" else others).append(argument)
+        taker = argument if is_alone else None
+    return presets + ahead, others
 
 
 def _build_parser(arguments: Sequence[str], defaults: dict[str, Any]) -> ArgumentParser:
@@ -171,6 +186,9 @@ def _build_parser(arguments: Sequence[str], defaults: dict[str, Any]) -> Argumen
         command.add_argument("--check", action="store_true", help=check)
         fetch = "fetch data.name into data.root first, where it is not there"
         command.add_argument("--download", action="store_true", help=fetch)
+        dry = "say what would be done: settings, data, time and memory; do nothing"
+        command.add_argument("--dry-run", "--dry_run", dest="dry_run", action="store_true", help=dry)
+        command.add_argument("--preset", type=str, help=f"settings of the paper: {', '.join(list_presets())}")
         if name == "export":
             command.add_argument(
                 "--format", type=Format, default="artifact", help="also as ONNX, or as torch's state_dict"
@@ -241,6 +259,8 @@ def _sweep(arguments: Sequence[str]) -> int:
 
 
 def _find_folder(chosen: Namespace) -> Path:
+    if chosen.folder is None and chosen.run_folder is None and chosen.preset is not None:
+        return Path("runs", str(chosen.preset))
     if (chosen.folder is None) == (chosen.run_folder is None):
         given = "none" if chosen.folder is None else f"{chosen.folder} and {chosen.run_folder}"
         raise ValueError(f"expected one run folder, got {given} (such as: vpns run runs/demo)")

@@ -16,7 +16,7 @@ from vpns.models.published import fetch_timm_state, fetch_torchvision_state
 # In a run folder, the best weights of the whole run and those of its first stage.
 _RUN_FILES = (Path("weights.safetensors"), Path("pretrain", "weights.safetensors"))
 _SHOWN_KEYS = 8
-_LIBRARIES = {"torchvision": fetch_torchvision_state, "timm": fetch_timm_state}
+WEIGHT_LIBRARIES = {"torchvision": fetch_torchvision_state, "timm": fetch_timm_state}
 
 
 def load_weights(model: nn.Module, source: str | Path, model_name: str = "") -> None:
@@ -28,7 +28,7 @@ def load_weights(model: nn.Module, source: str | Path, model_name: str = "") -> 
         model_name: the architecture's name in torchvision or timm; needed for their weights alone.
     """
     kind, _, weights_name = str(source).partition(":")
-    fetch = _LIBRARIES.get(kind)
+    fetch = WEIGHT_LIBRARIES.get(kind)
     state = _read_state(Path(source)) if fetch is None else fetch(model_name, weights_name)
     _check_state(model, state, str(source))
     own = model.state_dict()
