@@ -65,6 +65,7 @@ TRAINER_ROOMS = [
         "vpns.nonfinite",
         "vpns.accelerate",
         "vpns.predictor",
+        "vpns.inference",
         "vpns.observe",
         "vpns.state",
         "vpns.metrics",

@@ -1,8 +1,9 @@
-"""How does a finished run leave the trainer? Packed as an artifact, and measured against its dense self."""
+"""How does a finished run leave the trainer? As an engine, and measured against its dense self."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,38 +14,62 @@ from torch import Tensor, nn
 from vpns.batches import iterate_split
 from vpns.config import RunConfig
 from vpns.files import write_tensors
+from vpns.inference import Inference
 from vpns.run import open_finished
 from vpns.stages.context import Context
 from vpns.stages.networks import effective_prompt, label_map_to_list
 from vpns.stages.pruned import Pruned, load_pruned
-from vpns_kernels import ConvGeometry, pack, parse_pattern
+from vpns_kernels import ConvGeometry, compile, load, pack, parse_pattern
 from vpns_kernels.convert import mask_layers, mask_modules, weight_masks
-from vpns_kernels.engine import PlanLayer, read_artifact, write_artifact
+from vpns_kernels.engine import PlanLayer, TraceError, read_artifact, save_engine, write_artifact
 from vpns_kernels.formats import holding_pattern
 from vpns_kernels.measure import bench_network, fingerprint, measurement_lock
-from vpns_kernels.patterns import Pattern
+from vpns_kernels.patterns import Channel, Pattern
+from vpns_kernels.shrink import shrink
 
 # Beside the run's own canvas, the size at which the field reports times.
 _COMMON_SIZE = 224
 _BENCH_BATCH = 16
+# Of the largest logit: inside an engine activations may be bfloat16.
+_LARGEST_ERROR = 0.1
 
 
 def export_run(folder: Path, config: RunConfig) -> None:
     """Write export/artifact, and the prompt beside it; compare what is read back with what was written.
 
+    The artifact is an engine: images in [0, 1] → logits of the task's classes, prompt and label map included.
+    A network that cannot be traced is stored as its packed layers alone, and the manifest says why.
+
     Raises:
-        RuntimeError: the artifact does not give back the pruned weights (a defect, or a failing disk).
+        RuntimeError: the artifact does not give back the pruned weights, or the run's logits (a defect, or a
+            failing disk).
     """
     context = open_finished(folder)
     pruned, pattern = load_pruned(context), parse_pattern(config.pattern)
     masks = _weight_masks(pruned, pattern)
     target = context.stage_folder("export") / "artifact"
-    layers = [_plan_layer(name, pruned.network, mask, pattern) for name, mask in masks.items()]
-    write_artifact(target, _describe(context, pruned), layers, masks, pruned.network.state_dict())
-    write_tensors(context.stage_folder("export") / "prompt.safetensors", pruned.prompt.state_dict())
+    described, weights = _describe(context, pruned), pruned.network.state_dict()
+    prompt = pruned.prompt.state_dict()
+    images = _images(context, pruned)
+    try:
+        smaller = shrink(pruned.network) if isinstance(pattern, Channel) else pruned.network
+        engine = compile(_inference(pruned, smaller), images)
+    except TraceError as error:
+        print(f"vpns: export: packed layers alone: {error}", file=sys.stderr)
+        layers = [_plan_layer(name, pruned.network, mask, pattern) for name, mask in masks.items()]
+        described |= {"kind": "layers", "why_not_an_engine": str(error)}
+        write_artifact(target, described, layers, masks, weights, prompt=prompt)
+    else:
+        save_engine(engine, target, described, masks, weights, prompt)
+        _compare(
+            target,
+            load(target)(images),
+            _inference(pruned, pruned.network)(images),
+        )
+    write_tensors(context.stage_folder("export") / "prompt.safetensors", prompt)
     stored = read_artifact(target, verify="all").weights
     assert stored is not None
-    for name, tensor in pruned.network.state_dict().items():
+    for name, tensor in weights.items():
         if not torch.equal(stored[name], tensor):
             raise RuntimeError(f"export: expected {target} to hold {name} as tuned, got other values")
 
@@ -60,6 +85,25 @@ def bench_run(folder: Path, config: RunConfig) -> dict[str, Any]:
     with measurement_lock():
         networks = [bench_network(pruned.network, masks, pattern, x) for x in inputs]
     return {"machine": fingerprint(), "networks": networks}
+
+
+def _inference(pruned: Pruned, network: nn.Module) -> nn.Module:
+    return Inference(pruned.prompt, network, pruned.is_prompted, pruned.label_map).cpu()
+
+
+def _compare(target: Path, found: Tensor, expected: Tensor) -> None:
+    error = float((found - expected).detach().abs().max() / expected.detach().abs().max())
+    if not error <= _LARGEST_ERROR:
+        found_error = f"got some off by {error:.2g} of the largest"
+        raise RuntimeError(f"export: expected {target} to compute the run's logits, {found_error}")
+
+
+def _images(context: Context, pruned: Pruned) -> Tensor:
+    """Validation images in [0, 1], repeated to a whole batch."""
+    val = context.images.val.to(context.device)
+    (batch, *_) = iterate_split(val, pruned.prompt.image_size, pruned.is_prompted)
+    images = batch.images
+    return images.repeat(-(-_BENCH_BATCH // len(images)), 1, 1, 1)[:_BENCH_BATCH].cpu()
 
 
 def _weight_masks(pruned: Pruned, pattern: Pattern) -> dict[str, Tensor]:
@@ -95,9 +139,7 @@ def _describe(context: Context, pruned: Pruned) -> dict[str, Any]:
 
 
 def _network_input(context: Context, pruned: Pruned) -> Tensor:
-    """What the network sees of the first validation images, repeated to a whole batch."""
-    val = context.images.val.to(context.device)
-    (batch, *_) = iterate_split(val, pruned.prompt.image_size, pruned.is_prompted)
+    """What the network sees of the first validation images."""
     with torch.no_grad():
-        x: Tensor = pruned.prompt(batch.images, batch.prompted)
-    return x.repeat(-(-_BENCH_BATCH // len(x)), 1, 1, 1)[:_BENCH_BATCH].cpu()
+        x: Tensor = pruned.prompt(_images(context, pruned).to(context.device), pruned.is_prompted)
+    return x.cpu()

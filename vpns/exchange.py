@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vpns.batches import iterate_split
 from vpns.files import replace_file
+from vpns.inference import Inference
 from vpns.run import open_finished
 from vpns.stages.context import Context
 from vpns.stages.networks import load_start
@@ -41,30 +42,21 @@ def export_as(folder: Path, kind: Literal["onnx", "torch"]) -> Path:
         replace_file(path, lambda tmp: torch.save(pruned.network.state_dict(), tmp))
         plain = load_start(context).eval()
         plain.load_state_dict(torch.load(path, weights_only=True))
-        found = _Whole(pruned, plain)(images)
+        found = _inference(pruned, plain)(images)
     else:
         path = context.stage_folder("export") / "network.onnx"
         network = pruned.network
         if isinstance(parse_pattern(context.config.pattern), Channel):
             network = shrink(network)
-        content = to_onnx(_Whole(pruned, network), images[:2], any_batch=True)
+        content = to_onnx(_inference(pruned, network), images[:2], any_batch=True)
         replace_file(path, lambda tmp: _write_bytes(tmp, content))
         found = run_onnx(path.read_bytes())(images)
-    _compare(path, found, _Whole(pruned, pruned.network)(images))
+    _compare(path, found, _inference(pruned, pruned.network)(images))
     return path
 
 
-class _Whole(nn.Module):
-    """Images in [0, 1] → logits, as the run itself infers."""
-
-    def __init__(self, pruned: Pruned, network: nn.Module) -> None:
-        super().__init__()
-        self.prompt, self.network, self.is_prompted = pruned.prompt, network, pruned.is_prompted
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(self.prompt(images, self.is_prompted))
-        return logits
+def _inference(pruned: Pruned, network: nn.Module) -> Inference:
+    return Inference(pruned.prompt, network, pruned.is_prompted)
 
 
 def _images(context: Context, pruned: Pruned) -> Tensor:

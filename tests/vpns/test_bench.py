@@ -77,11 +77,14 @@ def test_a_run_and_its_artifact_are_measured_as_they_were_pruned(
 ) -> None:
     execute(tmp_path, tiny_task.make_config(), "export")
     run, artifact = (load_subject(str(path)) for path in (tmp_path, tmp_path / "export" / "artifact"))
-    for subject in (run, artifact):
+    for subject, size in ((run, 16), (artifact, 12)):
         assert subject.is_pruned
-        assert (subject.pattern, subject.density, subject.size) == ("unstructured", 0.3, 16)
-    expected = run.network.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in artifact.network.state_dict().items())
+        assert (subject.pattern, subject.density, subject.size) == ("unstructured", 0.3, size)
+    # The artifact takes images, and puts them into the prompt's frame itself.
+    stored, expected = artifact.network.get_submodule("network").state_dict(), run.network.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored.items())
+    assert artifact.engine is not None
+    assert artifact.engine.plan.native
     assert find_bench(["bench", str(tmp_path)]) is None
     asked = [
         "bench",
@@ -91,7 +94,9 @@ def test_a_run_and_its_artifact_are_measured_as_they_were_pruned(
         "--opponents=torch float32",
     ]
     assert cli.main(asked) == 0
-    assert "tiny_task:build, unstructured at density 0.3, 16 px, batch 2" in capsys.readouterr().out
+    assert "tiny_task:build, unstructured at density 0.3, 12 px, batch 2" in capsys.readouterr().out
+    assert cli.main([*asked, "--size=16"]) == 2
+    assert "expected --size 12 of 'tiny_task:build', got [16]" in capsys.readouterr().err
     assert cli.main([*asked, "--density=0.1"]) == 2
     assert "expected no --pattern and --density" in capsys.readouterr().err
 
@@ -105,7 +110,7 @@ def test_names_of_torchvision_are_known() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet1000"], "expected a network's name, 'module:factory', or the folder"),
+        (["--model", "resnet1000"], "expected a network's name, or 'module:factory', got 'resnet1000'"),
         (["--model", "tiny_task:build", "--pattern", "hexagons"], "parse_pattern: expected one of"),
         (["--model", "tiny_task:build", "--density", "0"], "expected density in (0, 1]"),
         (["--model", "tiny_task:build", "--batch", "many"], "expected --batch as int, got 'many'"),

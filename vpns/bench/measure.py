@@ -73,8 +73,11 @@ def _cells(
     subject: BenchSubject, kinds: list[tuple[Pattern | None, float]], options: BenchOptions
 ) -> Iterator[dict[str, Any]]:
     dense = subject.network if subject.is_pruned else scale_weights(subject.network)
-    settings = Settings(options.rounds, options.layer_rounds, dtype=options.dtype)
-    for size in options.sizes or (subject.size or _SIZE,):
+    settings = Settings(options.rounds, options.layer_rounds, dtype=options.dtype, engine=subject.engine)
+    sizes = options.sizes or (subject.size or _SIZE,)
+    if subject.engine is not None and set(sizes) != {subject.size}:
+        raise ValueError(f"bench: expected --size {subject.size} of {subject.name!r}, got {list(sizes)}")
+    for size in sizes:
         for batch in options.batches:
             x = _images(batch, size)
             _say(f"{subject.name}: {size} px, batch {batch}: getting the dense engines ready")

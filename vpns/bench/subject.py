@@ -7,11 +7,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vpns.config import ModelConfig
+from vpns.config import ModelConfig, PromptConfig
+from vpns.inference import Inference
 from vpns.models import build_model, find_head, load_exactly, replace_head
+from vpns.prompt import build_prompt
 from vpns.run import open_finished
+from vpns.stages.networks import label_map_from_list
 from vpns.stages.pruned import load_pruned
-from vpns_kernels.engine import read_artifact
+from vpns_kernels.engine import Engine, load, read_artifact
 from vpns_kernels.measure.random_network import is_pruned
 
 _CLASSES = 1000
@@ -27,6 +30,7 @@ class BenchSubject:
         pattern: of its mask, where that is known.
         density: of that pattern's units.
         size: of the images that it was made for, where that is known.
+        engine: that runs it as it is deployed, where there is one: it takes images of that size alone.
     """
 
     name: str
@@ -35,6 +39,7 @@ class BenchSubject:
     pattern: str | None = None
     density: float | None = None
     size: int | None = None
+    engine: Engine | None = None
 
 
 def load_subject(name: str) -> BenchSubject:
@@ -73,10 +78,15 @@ def _from_artifact(folder: Path) -> BenchSubject:
     model = ModelConfig(**{**manifest["model"], "weights": None})
     network = _fit_head(build_model(model, model.source_classes, seed=0), weights)
     load_exactly(network, weights)
-    canvas = (manifest.get("prompt") or {}).get("canvas")
-    return BenchSubject(
-        model.name, network.eval(), True, manifest.get("pattern"), manifest.get("density"), canvas
-    )
+    pattern, density = manifest.get("pattern"), manifest.get("density")
+    prompt, settings = artifact.prompt, dict(manifest.get("prompt") or {})
+    is_prompted = bool(settings.pop("at_inference", False))
+    if manifest.get("kind") != "engine" or prompt is None:
+        return BenchSubject(model.name, network.eval(), True, pattern, density, settings.get("canvas"))
+    made = build_prompt(PromptConfig(**settings))
+    made.load_state_dict(prompt)
+    whole = Inference(made, network, is_prompted, label_map_from_list(manifest.get("label_map")))
+    return BenchSubject(model.name, whole, True, pattern, density, made.image_size, load(folder))
 
 
 def _fit_head(network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:

@@ -3,7 +3,7 @@
 from vpns_kernels.engine.artifact import Artifact, read_artifact, write_artifact
 from vpns_kernels.engine.compile import compile
 from vpns_kernels.engine.drafts import LoweringError
-from vpns_kernels.engine.engine import Engine, load
+from vpns_kernels.engine.engine import Engine, load, save_engine
 from vpns_kernels.engine.files import ArtifactError
 from vpns_kernels.engine.layer import PlanLayer
 from vpns_kernels.engine.plan import Plan, PlanStep, PlanValue
@@ -25,5 +25,6 @@ __all__ = [
     "compile",
     "load",
     "read_artifact",
+    "save_engine",
     "write_artifact",
 ]

@@ -5,6 +5,7 @@
     torch-0.pt2 ...       of an engine that torch runs in part: what torch runs (programs.py)
     masks.safetensors     bool masks, 8 to a byte (tensors.py)
     weights.safetensors   optional: a plain state_dict with zeros in place, for anyone
+    prompt.safetensors    optional: that of the visual prompt
 
 Every number is checked before it is followed; what torch runs are operations of torch's own, no code.
 """
@@ -33,6 +34,7 @@ from vpns_kernels.engine.manifest import (
     MASKS,
     PLAN,
     PROGRAM,
+    PROMPT,
     WEIGHTS,
     check_fields,
     read_listed,
@@ -86,9 +88,17 @@ class Artifact:
     @cached_property
     def weights(self) -> dict[str, Tensor] | None:
         """The state_dict with zeros in place, or None where it was not stored."""
-        if WEIGHTS not in self.manifest["files"]:
+        return self._read_tensors(WEIGHTS)
+
+    @cached_property
+    def prompt(self) -> dict[str, Tensor] | None:
+        """The state_dict of the visual prompt, or None where it was not stored."""
+        return self._read_tensors(PROMPT)
+
+    def _read_tensors(self, name: str) -> dict[str, Tensor] | None:
+        if name not in self.manifest["files"]:
             return None
-        return decode_weights(read_listed(self.folder, self.manifest, WEIGHTS), self.folder / WEIGHTS)
+        return decode_weights(read_listed(self.folder, self.manifest, name), self.folder / name)
 
 
 def write_artifact(
@@ -98,6 +108,7 @@ def write_artifact(
     masks: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | None = None,
     programs: Sequence[bytes] = (),
+    prompt: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a folder whole or not at all; an artifact that stands there is replaced by the complete new one.
 
@@ -107,6 +118,7 @@ def write_artifact(
         masks: bool, by name.
         weights: a state_dict with zeros in place.
         programs: what torch runs, in order.
+        prompt: the state_dict of a visual prompt.
 
     Raises:
         ArtifactError: what stands at `folder` is no artifact, or holds files that are not the artifact's.
@@ -120,8 +132,9 @@ def write_artifact(
     def write(new: Path) -> None:
         files = {PLAN: write_file(new / PLAN, encode_plan(plan))}
         files[MASKS] = write_file(new / MASKS, [encode_masks(masks)])
-        if weights is not None:
-            files[WEIGHTS] = write_file(new / WEIGHTS, [encode_weights(weights)])
+        for name, tensors in ((WEIGHTS, weights), (PROMPT, prompt)):
+            if tensors is not None:
+                files[name] = write_file(new / name, [encode_weights(tensors)])
         for number, program in enumerate(programs):
             name = PROGRAM.format(number)
             files[name] = write_file(new / name, [program])
@@ -162,8 +175,8 @@ def _open(folder: Path, verify: Literal["used", "all"]) -> Artifact:
     data = read_listed(folder, manifest, PLAN)
     artifact = Artifact(folder, manifest, decode_plan(data, folder / PLAN), data)
     if verify == "all":
-        _ = artifact.masks, artifact.weights
-        for name in manifest["files"].keys() - {PLAN, MASKS, WEIGHTS}:
+        _ = artifact.masks, artifact.weights, artifact.prompt
+        for name in manifest["files"].keys() - {PLAN, MASKS, WEIGHTS, PROMPT}:
             read_listed(folder, manifest, name)
     return artifact
 

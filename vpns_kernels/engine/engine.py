@@ -168,12 +168,13 @@ def save_engine(
     fields: Mapping[str, Any] | None = None,
     masks: Mapping[str, Tensor] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    prompt: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an engine as an artifact, with more about it.
 
     Args:
         fields: of the manifest, JSON values; not `kind`, `reports` and `programs`.
-        masks, weights: as write_artifact takes them.
+        masks, weights, prompt: as write_artifact takes them.
 
     Raises:
         ArtifactError, OSError: as write_artifact.
@@ -187,7 +188,7 @@ def save_engine(
     if taken := own.keys() & dict(fields or {}).keys():
         raise ValueError(f"save_engine: expected fields without {sorted(own)}, got {sorted(taken)}")
     stored = engine.store_programs() if engine.programs else []
-    write_artifact(folder, {**(fields or {}), **own}, engine.plan, masks or {}, weights, stored)
+    write_artifact(folder, {**(fields or {}), **own}, engine.plan, masks or {}, weights, stored, prompt)
 
 
 def load(folder: Path | str, threads: int | None = None) -> Engine:

@@ -18,7 +18,8 @@ from torch import Tensor
 from vpns_kernels.engine.files import MANIFEST, read_file, refuse, write_file
 
 FORMAT_VERSION = 1
-PLAN, MASKS, WEIGHTS = "plan.bin", "masks.safetensors", "weights.safetensors"
+PLAN, MASKS = "plan.bin", "masks.safetensors"
+WEIGHTS, PROMPT = "weights.safetensors", "prompt.safetensors"
 # Of an engine that torch runs in part: what torch runs, one file each (programs.py).
 PROGRAM = "torch-{}.pt2"
 _PROGRAM = re.compile(r"torch-(0|[1-9][0-9]{0,3})\.pt2")
@@ -63,7 +64,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version, files = content.get("format_version"), content.get("files")
     if type(version) is not int or version != FORMAT_VERSION:
         raise refuse(path, f"format_version {FORMAT_VERSION}", f"{version!r} (from a newer version?)")
-    ours = {PLAN, MASKS, WEIGHTS}
+    ours = {PLAN, MASKS, WEIGHTS, PROMPT}
     if not isinstance(files, dict) or not {PLAN, MASKS} <= files.keys() <= ours | _programs(files):
         found = repr(sorted(files) if isinstance(files, dict) else files)[:200]
         raise refuse(path, f"files {PLAN}, {MASKS} and perhaps {WEIGHTS}", found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,7 +104,8 @@ def trace_network(model: nn.Module, example: Tensor) -> Traced:
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:3])[:400] or type(error).__name__
-        message = f"compile: expected a network that torch.export can follow, got: {reason}"
+        place = _find_place(error, plain)
+        message = f"compile: expected a network that torch.export can follow, got{place}: {reason}"
         raise TraceError(message) from error
     signature = exported.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -117,6 +119,22 @@ def trace_network(model: nn.Module, example: Tensor) -> Traced:
     _compute_constants(graph, found, names)
     images = next(node for node in graph.nodes if node.op == "placeholder" and node.name not in names)
     return Traced(graph, found, names, masks, images)
+
+
+def _find_place(error: BaseException, network: nn.Module) -> str:
+    """The innermost module whose code was running when an error was raised, and the line of that code."""
+    names = {module: name for name, module in network.named_modules()}
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        module = frame.f_locals.get("self")
+        # Every module is called through a line of torch's own.
+        if isinstance(module, nn.Module) and module in names and "_call_impl" not in frame.f_code.co_name:
+            file = Path(frame.f_code.co_filename).name
+            found = f" at {names[module]!r} ({type(module).__name__}, {file}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return found
 
 
 def _compute_constants(graph: fx.Graph, tensors: dict[str, Tensor], names: dict[str, str]) -> None:

@@ -19,15 +19,23 @@ class Deployed:
         pattern: of its mask; None where it is not known.
         x: [N, C, H, W] float32.
         dtype: as compile takes it.
+        engine: of this network, where it is compiled already.
     """
 
-    def __init__(self, network: nn.Module, pattern: Pattern | None, x: Tensor, dtype: str = "auto") -> None:
-        self.network = network
-        if pattern is None or isinstance(pattern, Channel):
-            self.network = shrink(network)
+    def __init__(
+        self,
+        network: nn.Module,
+        pattern: Pattern | None,
+        x: Tensor,
+        dtype: str = "auto",
+        engine: Engine | None = None,
+    ) -> None:
         self._sizes_before = _sizes(network)
         self._images = len(x)
-        self.engine: Engine = compile(self.network, x, dtype=dtype)  # type: ignore[arg-type]
+        if engine is None:
+            may_shrink = pattern is None or isinstance(pattern, Channel)
+            engine = compile(shrink(network) if may_shrink else network, x, dtype=dtype)  # type: ignore[arg-type]
+        self.engine = engine
 
     @property
     def dtype(self) -> str:
@@ -42,15 +50,16 @@ class Deployed:
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """By layer, for the whole batch: sparse_ms, ms of what was chosen, choice, kernel and reason."""
-        after = _sizes(self.network)
+        after = {layer.name: layer.packed.geometry.weight_shape[:2] for layer in self.engine.plan.layers}
         found = {}
         for row in self.engine.explain(quiet=True).rows():
             name = row["name"]
-            is_smaller = name in after and after[name] != self._sizes_before[name]
+            before_it = self._sizes_before.get(name)
+            is_smaller = name in after and before_it not in (None, after[name])
             sparse_ms = row["ms"] if is_smaller else row["sparse_ms"]
             reason = row["reason"]
             if is_smaller and not row["is_sparse"]:
-                before, now = (" ".join(map(str, s[:2])) for s in (self._sizes_before[name], after[name]))
+                before, now = (" ".join(map(str, sizes)) for sizes in (before_it or (), after[name]))
                 reason = f"cut: {now} of {before} output and input channels are left"
             found[name] = {
                 "sparse_ms": None if sparse_ms is None else sparse_ms * self._images,
@@ -64,7 +73,7 @@ class Deployed:
 
 def _sizes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {
-        name: tuple(module.weight.shape)
+        name: tuple(module.weight.shape[:2])
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     }

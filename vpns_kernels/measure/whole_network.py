@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vpns_kernels.engine import Engine
 from vpns_kernels.measure.dense_layers import time_dense_layers
 from vpns_kernels.measure.deployed import Deployed
 from vpns_kernels.measure.opponents import OPPONENTS, find_opponents
@@ -41,12 +42,14 @@ class Settings:
         layer_rounds: of each layer.
         rest_s: before each call, untimed.
         dtype: of the sparse network: "auto", "float32" or "bfloat16".
+        engine: that is measured; by default the network is compiled for this.
     """
 
     rounds: int = 30
     layer_rounds: int = 10
     rest_s: float = 0.003
     dtype: str = "auto"
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def bench_whole(
     layers: list[dict[str, Any]] = []
     sparse_dtype, weight_density = "", 1.0
     for number, network in enumerate(pruned):
-        deployed = Deployed(network, pattern, x, settings.dtype)
+        deployed = Deployed(network, pattern, x, settings.dtype, settings.engine)
         calls[f"sparse {number}"] = partial(deployed, x)
         errors.append(_largest_error(network, deployed(x), x))
         if number == 0:
