@@ -47,6 +47,7 @@ KERNEL_ROOMS = [
 ]
 TRAINER_ROOMS = [
     ("vpns.cli", "vpns.__main__", "vpns.option_help", "vpns.data_command"),
+    ("vpns.reproduce",),
     ("vpns.sweep",),
     ("vpns.run",),
     ("vpns.dry_run",),
@@ -82,6 +83,7 @@ TRAINER_ROOMS = [
         "vpns.sweep_options",
         "vpns.report_options",
         "vpns.statistics",
+        "vpns.reproduce_options",
     ),
 ]
 # Known exceptions, each with its reason.

@@ -20,6 +20,7 @@ from vpns.data_command import parse_data, run_data
 from vpns.option_help import describe_options
 from vpns.preset_files import find_preset, list_presets
 from vpns.report_options import find_comparison, parse_comparison
+from vpns.reproduce_options import parse_reproduce
 from vpns.sweep_options import parse_sweep
 
 Format = Literal["artifact", "onnx", "torch"]
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _examine(arguments)
         if list(arguments[:1]) == ["sweep"]:
             return _sweep(arguments[1:])
+        if list(arguments[:1]) == ["reproduce"]:
+            return _reproduce(arguments[1:])
         if (options := find_comparison(arguments)) is not None:
             return _compare(options)
         if (options := find_bench(arguments)) is not None:
@@ -203,6 +206,8 @@ def _build_parser(arguments: Sequence[str], defaults: dict[str, Any]) -> Argumen
     doctor = ArgumentParser(exit_on_error=False)
     doctor.add_argument("--json", action="store_true", help="for programs")
     sweep = ArgumentParser(exit_on_error=False)
+    experiment = ArgumentParser(exit_on_error=False)
+    commands.add_subcommand("reproduce", experiment, help="a whole experiment: arms, exp1, exp2 or exp3")
     commands.add_subcommand("sweep", sweep, help="many runs: every combination of a grid of settings")
     commands.add_subcommand("doctor", doctor, help="say what this machine can run and what to expect of it")
     return parser
@@ -238,6 +243,14 @@ def _bench(arguments: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
     print(to_text(report))
     return 0
+
+
+def _reproduce(arguments: Sequence[str]) -> int:
+    """Do a whole experiment; the exit code is 1 where runs failed."""
+    options = parse_reproduce(arguments)
+    from vpns.reproduce import do_reproduce
+
+    return do_reproduce(options)
 
 
 def _compare(arguments: Sequence[str]) -> int:

@@ -188,7 +188,7 @@ class RunConfig:
     """One run: what is pruned for what, how, and how hard.
 
     Args:
-        method: what decides which weights stay: vpns, hydra, omp or random.
+        method: what decides which weights stay: vpns, hydra, omp or random; of channels also l1 or depgraph.
         pattern: what stands or falls together: unstructured, block:BKxBC, channel or nm:N:M.
         density: kept fraction in (0, 1] of the pattern's units.
         schedule: search trains mask and prompt jointly, or one after the other, half the epochs each.

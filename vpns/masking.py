@@ -46,7 +46,7 @@ def unit_scores(network: nn.Module, pattern: Pattern, weigh: Weigh) -> dict[str,
     scores = {}
     for number, stream in enumerate(streams):
         made = torch.stack([values[name].abs().flatten(1).mean(1) for name in stream.producers]).mean(0)
-        scores[f"channel_mask_{number}"] = _rank(made)
+        scores[f"channel_mask_{number}"] = rank(made)
     return scores
 
 
@@ -86,10 +86,10 @@ def _weigh_units(values: Tensor, pattern: Pattern) -> Tensor:
     sizes = pattern.reduce_sum(torch.ones_like(values))
     if sizes.shape == values.shape:
         return values
-    return _rank(pattern.reduce_sum(values.abs()) / sizes)
+    return rank(pattern.reduce_sum(values.abs()) / sizes)
 
 
-def _rank(values: Tensor) -> Tensor:
+def rank(values: Tensor) -> Tensor:
     """Where each value stands among all of them, in (0, 1); the earlier of two equals stands lower."""
     places = values.flatten().argsort(stable=True).argsort()
     return ((places + 0.5) / values.numel()).to(values.dtype).view_as(values)

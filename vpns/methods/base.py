@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vpns.masking import unit_scores
-from vpns_kernels.patterns import Pattern
+from vpns_kernels.patterns import Channel, Pattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,12 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"find_method: expected method in {sorted(METHODS)}, got {name!r}")
     return METHODS[name]
+
+
+def expect_channels(method: str, pattern: Pattern) -> None:
+    """Refuse what only prunes whole channels another pattern."""
+    if not isinstance(pattern, Channel):
+        raise ValueError(f"method {method}: expected pattern channel, got {pattern}")
 
 
 def scaled_start(start: Start) -> dict[str, Tensor]:

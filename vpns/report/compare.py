@@ -27,7 +27,7 @@ def write_comparison(runs: Sequence[Run], folder: Path, title: str, sections: Se
     """Write report.html, report.md, runs.csv, arms.csv, differences.csv and plots.
 
     Args:
-        sections: stand before all others.
+        sections: stand before all others, and tell which arms were to be compared.
 
     Returns:
         The page.
@@ -49,7 +49,7 @@ def write_comparison(runs: Sequence[Run], folder: Path, title: str, sections: Se
         Section(title, (_summarise(runs, arms),), level=1),
         *sections,
         Section("Arms", (pictures["arms"], _show(rows), "Rows: [arms.csv](arms.csv), [runs.csv](runs.csv).")),
-        *([Section("Differences", _show_pairs(pairs))] if pairs else []),
+        *([Section("Differences", _show_pairs(pairs))] if pairs and not sections else []),
         Section("Accuracy over density", (pictures["over_density"],)),
         *([Section("Accuracy over time", (pictures["over_time"],))] if "over_time" in pictures else []),
         Section("Runs", (_show_runs(runs, folder),)),

@@ -29,13 +29,20 @@ def describe_run(folder: Path) -> Row:
         "updates": _total(searched, tuned, "updates"),
         "images_seen": _total(searched, tuned, "images_seen"),
         "train_seconds": _total(searched, tuned, "seconds"),
+        "peak_mib": _read_peak(folder / "job.json"),
     }
+    row["ms_per_update"] = 1000 * row["train_seconds"] / row["updates"] if row["updates"] else None
     return row | _read_times(folder / "bench" / "bench.json")
 
 
 def _total(searched: Row, tuned: Row, key: str) -> float | None:
     """Over search, which a method may not train in, and tune."""
     return None if key not in tuned else searched.get(key, 0) + tuned[key]
+
+
+def _read_peak(path: Path) -> float | None:
+    """Memory of the run's process beyond what it had imported, where a sweep did the run."""
+    return read_json(path)["peak_bytes"] / 2**20 if path.is_file() else None
 
 
 def _read_times(path: Path) -> Row:

@@ -31,7 +31,7 @@ def do_sweep(grid: Grid, options: SweepOptions, again: str) -> int:
     """
     try:
         if options.is_dry:
-            print(_tell_cost(grid, options))
+            print(tell_cost(grid, options))
             return 0
         swept = run_sweep(grid, options)
     except USER_ERRORS:
@@ -69,7 +69,8 @@ def to_text(rows: Sequence[Row]) -> str:
     return "\n".join([head, *lines])
 
 
-def _tell_cost(grid: Grid, options: SweepOptions) -> str:
+def tell_cost(grid: Grid, options: SweepOptions) -> str:
+    """Every job with its seconds, what was measured, and the whole."""
     estimate = estimate_cost(grid, options.folder, options.threads)
     lines = [f"{seconds:8.0f} s  {name}" for name, seconds in estimate.seconds.items()]
     for name, stages in estimate.measured.items():

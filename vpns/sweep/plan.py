@@ -50,9 +50,9 @@ def open_sweep(folder: Path, grid: Grid, threads: int) -> int:
 
 
 def plan_jobs(grid: Grid, folder: Path, threads: int) -> list[Job]:
-    """Dense references, then the runs up to their test, each with the reference that it begins with."""
+    """Every dense reference, followed by the runs, up to their test, that begin with it."""
     references: dict[str, Job] = {}
-    runs = []
+    runs: dict[str, list[Job]] = {}
     # Processes of a cluster need not stand in the same folder as this one.
     folder = folder.resolve()
     for run in grid.runs:
@@ -64,8 +64,8 @@ def plan_jobs(grid: Grid, folder: Path, threads: int) -> list[Job]:
             references[key] = Job(f"dense-{key}", at, shared, "dense", folder / "logs" / f"dense-{key}.log")
         reference, log = references[key], folder / "logs" / f"{run.name}.log"
         job = Job(run.name, folder / "runs" / run.name, config, "eval", log, reference.folder, reference.name)
-        runs.append(job)
-    return [*references.values(), *runs]
+        runs.setdefault(key, []).append(job)
+    return [job for key, reference in references.items() for job in (reference, *runs[key])]
 
 
 def dense_settings(config: RunConfig) -> RunConfig:
