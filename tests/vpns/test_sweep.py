@@ -254,7 +254,7 @@ def test_stages_are_borrowed_whole_after_a_kill_in_their_midst(
     borrow_stages(lender, tmp_path / "run")
     names = {path.relative_to(lender) for path in lender.rglob("*") if path.is_file()}
     missing = {path.as_posix() for path in names if not (tmp_path / "run" / path).exists()}
-    assert missing == {"run.json", "run.lock", "metrics.csv"}
+    assert missing == {"job.json", "run.json", "run.lock", "metrics.csv"}
 
 
 def test_cores_are_shared_out() -> None:
