@@ -16,7 +16,15 @@ from torch import fx
 
 from vpns_kernels.engine.arguments import arguments_of, each_channel, pair
 from vpns_kernels.engine.drafts import Draft, Framed, Lowered, Lowering
-from vpns_kernels.engine.lower_arithmetic import add, batch_norm, divide, multiply, pad, subtract
+from vpns_kernels.engine.lower_arithmetic import (
+    add,
+    batch_norm,
+    divide,
+    multiply,
+    pad,
+    subtract,
+    subtract_from,
+)
 from vpns_kernels.engine.lower_channels import (
     concatenate,
     reshape,
@@ -188,6 +196,8 @@ _HANDLERS: dict[Any, Callable[[Lowering, fx.Node], None]] = {
     aten.gelu.default: _gelu,
     aten.add.Tensor: add,
     aten.sub.Tensor: subtract,
+    aten.rsub.Scalar: subtract_from,
+    aten.rsub.Tensor: subtract_from,
     aten.mul.Tensor: multiply,
     aten.div.Tensor: divide,
     aten.constant_pad_nd.default: pad,
@@ -205,6 +215,7 @@ _HANDLERS: dict[Any, Callable[[Lowering, fx.Node], None]] = {
     aten.adaptive_avg_pool2d.default: adaptive_avg_pool,
     aten.mean.dim: mean,
     aten.view.default: reshape,
+    aten._unsafe_view.default: reshape,
     aten.reshape.default: reshape,
     aten.flatten.using_ints: reshape,
     aten.squeeze.dims: reshape,

@@ -58,6 +58,14 @@ def subtract(to: Lowering, node: fx.Node) -> None:
     return _combine(to, node, b, -1.0, a, 1.0)
 
 
+def subtract_from(to: Lowering, node: fx.Node) -> None:
+    """A constant less an activation."""
+    a, b = node.args[:2]
+    if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+        to.refuse(node, "expected a difference without alpha")
+    return _combine(to, node, a, -1.0, b, 1.0)
+
+
 def multiply(to: Lowering, node: fx.Node) -> None:
     """Two activations (one of which may be a factor of each channel), or one and a constant."""
     a, b = node.args[:2]

@@ -115,7 +115,10 @@ def trace_network(model: nn.Module, example: Tensor) -> Traced:
         names[key], tensors[key] = name, exported.constants[name]
     found = {key: tensor.detach() for key, tensor in tensors.items() if tensor is not None}
     graph = exported.graph
-    graph.eliminate_dead_code()
+    # Operations have no effects; what nobody reads are checks of sizes that hold for these images.
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
     _compute_constants(graph, found, names)
     images = next(node for node in graph.nodes if node.op == "placeholder" and node.name not in names)
     return Traced(graph, found, names, masks, images)
