@@ -76,7 +76,9 @@ class PromptConfig:
     """The visual prompt.
 
     Args:
-        kind: "pad", or "none" for plain images on the whole canvas.
+        kind: "pad"; "expand", the frame around a smaller image in both variants; "fix" and "random", a square
+            over the full image with as many pixels as the frame, in its corner or at a place drawn for each
+            batch; or "none" for plain images on the whole canvas.
         variant: "framed" shrinks the image to make room for the frame; "released" lays the prompt over the
             image's border and follows the published code in everything.
         canvas: side in pixels of what the network sees.
@@ -107,11 +109,11 @@ class LabelMapConfig:
     """How outputs of the pretrained head become classes of the task.
 
     Args:
-        kind: "frequency" (each class takes the output that fires most for it), "identity" (the first
-            outputs), or "head" (a new head).
+        kind: "frequency" (each class takes the output that fires most for it), "iterative" (the same, counted
+            anew before every epoch of search), "identity" (the first outputs), or "head" (a new head).
     """
 
-    kind: Literal["frequency", "identity", "head"] = "frequency"
+    kind: Literal["frequency", "iterative", "identity", "head"] = "frequency"
 
 
 @dataclass(frozen=True)

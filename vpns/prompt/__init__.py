@@ -3,5 +3,15 @@
 from vpns.prompt.base import PROMPTS, Prompt, build_prompt, register
 from vpns.prompt.none import NoPrompt
 from vpns.prompt.pad import FramedPad, ReleasedPad
+from vpns.prompt.patch import PatchPrompt
 
-__all__ = ["PROMPTS", "FramedPad", "NoPrompt", "Prompt", "ReleasedPad", "build_prompt", "register"]
+__all__ = [
+    "PROMPTS",
+    "FramedPad",
+    "NoPrompt",
+    "PatchPrompt",
+    "Prompt",
+    "ReleasedPad",
+    "build_prompt",
+    "register",
+]

@@ -46,6 +46,15 @@ class Prompt(nn.Module, ABC):
     def compose(self, images: Tensor, prompted: bool) -> Tensor:
         """The canvas [N, 3, canvas, canvas] in [0, 1], before normalisation."""
 
+    @abstractmethod
+    def describe(self) -> str:
+        """What it looks like, in words."""
+
+    @property
+    def learned(self) -> int:
+        """Entries of raw that may act."""
+        return 0
+
     def forward(self, images: Tensor, prompted: bool = True) -> Tensor:
         """Normalised [N, 3, canvas, canvas] from images [N, 3, image_size, image_size] in [0, 1].
 
@@ -64,7 +73,11 @@ class Prompt(nn.Module, ABC):
     def effective(self) -> Tensor:
         """The prompt as a picture [3, canvas, canvas] in [0, 1]: what it makes of a black image."""
         black = self.mean.new_zeros(1, 3, self.image_size, self.image_size)
-        return self.compose(black, prompted=True)[0]
+        was_training = self.training
+        try:
+            return self.eval().compose(black, prompted=True)[0]
+        finally:
+            self.train(was_training)
 
 
 Builder = Callable[[PromptConfig], Prompt]

@@ -16,6 +16,10 @@ class NoPrompt(Prompt):
     def compose(self, images: Tensor, prompted: bool) -> Tensor:
         return images
 
+    def describe(self) -> str:
+        """Nothing of its own."""
+        return f"No prompt: images fill a canvas of {self.canvas} pixels"
+
 
 @register("none")
 def build_none(config: PromptConfig) -> Prompt:

@@ -1,4 +1,4 @@
-"""The pad prompt: learned pixels around a smaller image (framed) or on the rim of a full one (released)."""
+"""The frames: learned pixels around a smaller image (framed) or on the rim of a full one (released)."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ class FramedPad(Prompt):
         canvas = F.pad(images, (self.frame,) * 4)
         return canvas + self.raw.sigmoid() * self.mask if prompted else canvas
 
+    def describe(self) -> str:
+        """What it looks like."""
+        return f"A frame of {self.frame} pixels around a smaller image, on a canvas of {self.canvas}"
+
+    @property
+    def learned(self) -> int:
+        """Entries of raw that may act."""
+        return 3 * int(self.mask.sum())
+
 
 class ReleasedPad(Prompt):
     """The published code's: raw is added to the border of the full image, and the sum clamped to [0, 1]."""
@@ -45,6 +54,15 @@ class ReleasedPad(Prompt):
     def compose(self, images: Tensor, prompted: bool) -> Tensor:
         return (images + self.raw * self.mask).clamp(0, 1) if prompted else images
 
+    def describe(self) -> str:
+        """What it looks like."""
+        return f"A frame of {self.frame} pixels laid over the border of an image of {self.canvas}"
+
+    @property
+    def learned(self) -> int:
+        """Entries of raw that may act."""
+        return 3 * int(self.mask.sum())
+
 
 VARIANTS = {"framed": FramedPad, "released": ReleasedPad}
 
@@ -55,6 +73,12 @@ def build_pad(config: PromptConfig) -> Prompt:
     if config.variant not in VARIANTS:
         raise ValueError(f"build_pad: expected prompt.variant in {sorted(VARIANTS)}, got {config.variant!r}")
     return VARIANTS[config.variant](PromptGeometry(config.canvas, config.frame), config.frozen)
+
+
+@register("expand")
+def build_expand(config: PromptConfig) -> Prompt:
+    """All that a shrunk image leaves of the canvas (ILM-VP's), whichever way the run trains."""
+    return FramedPad(PromptGeometry(config.canvas, config.frame), config.frozen)
 
 
 def _zero_canvas(geometry: PromptGeometry, frozen: bool) -> nn.Parameter:

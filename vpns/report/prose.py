@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vpns.prompt import build_prompt
 from vpns.report.blocks import Block, Command, Picture, Section, Table
 from vpns.report.facts import Facts
 from vpns.report.finding import Finding
@@ -130,10 +131,9 @@ def _describe_prompt(facts: Facts) -> str:
     if not facts.has_prompt:
         return "This run has no prompt: images fill the canvas."
     prompt = facts.config.prompt
-    place = "around a smaller image" if prompt.variant == "framed" else "laid over the image's border"
     gain = facts.pair("sparse", "sparse, prompted").difference
     return (
-        f"A frame of {prompt.frame} pixels {place}, on a canvas of {prompt.canvas}; used in: "
+        f"{build_prompt(prompt).describe()}; used in: "
         f"{prompt.prompt_in}{', frozen at its start' if prompt.frozen else ''}. At inference it changes the "
         f"sparse network's accuracy by {gain:+.2f} points."
     )

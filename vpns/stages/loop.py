@@ -30,6 +30,7 @@ class Training:
         tensors: all that the stage changes, live, by name; the best of them are what remains at the end.
         begin_epoch: sets what an epoch trains and how fast, and returns the passes of its iterations.
         is_prompted: whether validation images carry the prompt.
+        follow: what else moves before each epoch, but not again where a run goes on in its midst.
     """
 
     stage: str
@@ -40,6 +41,7 @@ class Training:
     val: Split
     begin_epoch: Callable[[int], tuple[Pass, ...]]
     is_prompted: bool
+    follow: Callable[[int], None] = lambda epoch: None
 
 
 @dataclass
@@ -114,6 +116,8 @@ class _Loop:
     def _run_epoch(self, is_interrupted: Callable[[], bool]) -> None:
         position, training = self.position, self.training
         passes = training.begin_epoch(position.epoch)
+        if position.iteration == 0:
+            training.follow(position.epoch)
         training.learner.predictor.train()
         for batches in self._batches(passes):
             try:

@@ -104,8 +104,14 @@ def is_prompted_at_inference(config: RunConfig) -> bool:
     return config.prompt.variant == "framed" and config.prompt.prompt_in in ("both", "tune")
 
 
-def find_label_map(context: Context, network: nn.Module, prompt: Prompt, stage: str) -> LabelMap:
-    """The run's label map for a network as it stands, counted on augmented training images as published."""
+def find_label_map(
+    context: Context, network: nn.Module, prompt: Prompt, stage: str, epoch: int = 0
+) -> LabelMap:
+    """The run's label map for a network as it stands, counted on augmented training images as published.
+
+    Args:
+        epoch: of the stage, before which it is counted.
+    """
     config, classes = context.config, len(context.images.class_names)
     if config.label_map.kind == "head":
         return LabelMap()
@@ -115,7 +121,7 @@ def find_label_map(context: Context, network: nn.Module, prompt: Prompt, stage: 
     batches = iterate_epoch(
         context.images.train,
         (Pass(is_prompted, augmented=True),),
-        (f"{stage}/label_map", 0, 0),
+        (f"{stage}/label_map", epoch, 0),
         256,
         prompt.image_size,
         config.data,

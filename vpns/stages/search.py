@@ -51,7 +51,7 @@ def run_search(context: Context) -> dict[str, Any]:
     first = follow_scores().masks
     prompt = make_prompt(context)
     label_map = find_label_map(context, network, prompt, "search")
-    result: dict[str, Any] = {"label_map": label_map_to_list(label_map)}
+    result: dict[str, Any] = {}
     if find_method(config.method).learns_scores:
         if context.checks:
             ours, theirs = (copy.deepcopy((network, prompt)) for _ in range(2))
@@ -62,6 +62,7 @@ def run_search(context: Context) -> dict[str, Any]:
     layers = describe_masks(network)
     _write(context, network, prompt)
     return result | {
+        "label_map": label_map_to_list(label_map),
         "density": config.density,
         "weight_density": sum(row["kept"] for row in layers) / sum(row["weights"] for row in layers),
         "threshold": chosen.threshold,
@@ -157,17 +158,29 @@ def _plan(
         used = passes if phase.trains_scores else passes[:1]
         return tuple(replace(one, prompted=one.prompted and phase.is_prompted) for one in used)
 
+    is_iterative = config.label_map.kind == "iterative"
+
+    def follow(epoch: int) -> None:
+        # Before the first epoch it has just been counted.
+        if is_iterative and epoch > 0 and label_map.sequence is not None:
+            found = find_label_map(context, network, prompt, "search", epoch).sequence
+            assert found is not None
+            label_map.sequence.copy_(found)
+
     return Training(
         stage="search",
         settings=config.search,
         learner=Learner(
             predictor, label_map, optimizer, refresh=_refresher(config, network), group=context.group
         ),
-        tensors=changing_tensors(("network.", network), ("prompt.", prompt)),
+        tensors=changing_tensors(
+            ("network.", network), ("prompt.", prompt), *([("label_map.", label_map)] if is_iterative else [])
+        ),
         train=context.images.train.to(context.device),
         val=context.images.val.to(context.device),
         begin_epoch=begin_epoch,
         is_prompted=is_prompted_at_inference(config),
+        follow=follow,
     )
 
 
