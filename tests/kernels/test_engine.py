@@ -157,6 +157,20 @@ def test_what_was_pruned_does_not_read_its_inputs() -> None:
     assert torch.equal(torch.isnan(engine(poisoned)), torch.isnan(expected))
 
 
+@pytest.mark.parametrize("channels", [5, 40])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_largest_of_a_window_is_torchs_to_the_bit(dtype: str, channels: int) -> None:
+    """NaN of either sign is above infinity; a padded window with -inf alone gives -inf."""
+    x = torch.randn(2, channels, 13, 11)
+    x[:, ::2, 3, 4], x[:, 1::2, 8, 2] = float("nan"), torch.tensor(-1.0).log()
+    x[:, 1::3, 5:9, 5:9], x[:, 2, 0], x[:, 3, :4, :4] = float("inf"), 0.0, float("-inf")
+    assert torch.isnan(x).any()
+    for pool in (nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d((5, 3), (1, 4))):
+        x_as = x.to(getattr(torch, dtype))
+        y = compile(pool.eval(), x, dtype)(x_as)  # type: ignore[arg-type]
+        torch.testing.assert_close(y, pool(x_as).float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_networks_that_are_masked_or_sparse_compile_by_their_masks() -> None:
     masked = mask_layers(build("residual"), parse_pattern("block:4x2")).eval()
     with torch.no_grad():
