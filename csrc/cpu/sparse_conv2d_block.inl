@@ -29,10 +29,12 @@ struct BlockTile {
   const uint32_t* weights;
   float* sums;  // [pixels][2 * kLanes]
   bool adds;    // to the sums of the groups before
+  BlockOutputs outputs;
 };
 
-// sums[m][k] = (or +=) Σ_words x[m][word] · w[word][k] for kPixels pixels and two vectors of output channels.
-template <typename Cell, int kPixels>
+// sums[m][k] = (or +=) Σ_words x[m][word] · w[word][k] for kPixels pixels and two vectors of output channels; finished,
+// where they are the last and all outputs are there.
+template <typename Cell, typename Y, int kPixels>
 void multiply_runs(const BlockTile& tile) {
   constexpr int kVectors = 2;
   constexpr int64_t kCells = 4 / sizeof(Cell);
@@ -62,6 +64,14 @@ void multiply_runs(const BlockTile& tile) {
     for (int m = 0; m < kPixels; ++m)
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) sum[m][v] += load(tile.sums + m * 2 * kLanes + v * kLanes);
+  }
+  const BlockOutputs& to = tile.outputs;
+  if (to.target != nullptr) {
+    const Output<Y> out(*to.call);
+    const float* bias = to.call->bias ? static_cast<const float*>(to.call->bias) + to.k0 : nullptr;
+#pragma GCC unroll 16
+    for (int m = 0; m < kPixels; ++m) finish_vectors(out, to.target[m] + to.k0, sum[m][0], sum[m][1], bias, to.streams);
+    return;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kPixels; ++m)
@@ -107,16 +117,17 @@ void multiply_words(const BlockTile& tile, int64_t pixels, int64_t offset, const
   for (; pixel < pixels; pixel += kBlockAbreast) multiply_pixels<Cell, kWords, kBlockAbreast>(tile, pixel, base, w);
 }
 
-template <typename Cell, int... kPixels>
-constexpr auto runs_table(std::integer_sequence<int, kPixels...>) {
-  return std::array{multiply_runs<Cell, kPixels + 1>...};
+using MultiplyRuns = std::array<void (*)(const BlockTile&), kBlockPixels>;  // by pixels less one
+template <typename Cell, typename Y, int... kPixels>
+constexpr MultiplyRuns runs_table(std::integer_sequence<int, kPixels...>) {
+  return {multiply_runs<Cell, Y, kPixels + 1>...};
 }
 template <typename Cell, int... kWords>
 constexpr auto words_table(std::integer_sequence<int, kWords...>) {
   return std::array{multiply_words<Cell, kWords + 1>...};
 }
-template <typename Cell>
-constexpr auto kMultiplyRuns = runs_table<Cell>(std::make_integer_sequence<int, kBlockPixels>{});
+template <typename Cell, typename Y>
+constexpr MultiplyRuns kMultiplyRuns = runs_table<Cell, Y>(std::make_integer_sequence<int, kBlockPixels>{});
 template <typename Cell>
 constexpr auto kMultiplyWords = words_table<Cell>(std::make_integer_sequence<int, kLanes>{});
 
@@ -150,9 +161,17 @@ LoadRows pick_load(const ConvCall& call) {
   else return call.x_dtype == DType::kF16 ? load_rows<float, Fp16> : load_rows<float, float>;
 }
 
-inline StoreSums pick_store(const ConvCall& call) {
-  if (call.y_dtype == DType::kBF16) return store_sums<Bf16>;
-  return call.y_dtype == DType::kF16 ? store_sums<Fp16> : store_sums<float>;
+// What depends on the type of the outputs.
+struct ForOutputs {
+  const MultiplyRuns& multiply;
+  StoreSums store;
+};
+
+template <typename Cell>
+ForOutputs pick_outputs(const ConvCall& call) {
+  if (call.y_dtype == DType::kBF16) return {kMultiplyRuns<Cell, Bf16>, store_sums<Bf16>};
+  if (call.y_dtype == DType::kF16) return {kMultiplyRuns<Cell, Fp16>, store_sums<Fp16>};
+  return {kMultiplyRuns<Cell, float>, store_sums<float>};
 }
 
 // The output pixels of a task: where each reads and writes.
@@ -165,12 +184,14 @@ struct BlockPixels {
 // All pixels of a task × one strip.
 template <typename Cell>
 void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& strip, const void* x,
-               const BlockPixels& pixels, StoreSums store, PhaseClock& clock) {
+               const BlockPixels& pixels, const ForOutputs& outputs, PhaseClock& clock) {
   constexpr int64_t kMost = std::max<int64_t>(kBlockPixels, kBlockStream);
   alignas(64) float sums[kMost * 2 * kLanes];
   const BlockGroup* const groups = plan.groups.data() + strip.first_group;
   // Equal shares of pixels, so that no share has too few sums to hide the latency of the additions.
   const int64_t most = strip.wide ? kBlockPixels : kBlockStream, shares = (pixels.count + most - 1) / most;
+  const bool is_whole = strip.wide && strip.span == 2 * kLanes && strip.count == strip.span;
+  const bool streams = streams_outputs(plan, call);
   for (int64_t share = 0, begin = 0; share < shares; ++share) {
     const int64_t end = strip.wide ? pixels.count * (share + 1) / shares : std::min(begin + most, pixels.count);
     const int64_t size = end - begin, whole = (size + kBlockAbreast - 1) / kBlockAbreast * kBlockAbreast;
@@ -182,12 +203,13 @@ void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& st
                            group.runs,
                            plan.weights.data() + group.weights,
                            sums + group.vector * kLanes,
-                           i > 0 && group.vector == groups[i - 1].vector};
-      if (strip.wide) kMultiplyRuns<Cell>[size - 1](tile);
+                           i > 0 && group.vector == groups[i - 1].vector,
+                           {&call, is_whole && i + 1 == strip.groups ? pixels.target + begin : nullptr, strip.k0, streams}};
+      if (strip.wide) outputs.multiply[size - 1](tile);
       else multiply_group<Cell>(tile, whole);
     }
     clock.ends(kProducts);
-    store(plan, call, strip, sums, pixels.target + begin, size);
+    if (!is_whole) outputs.store(plan, call, strip, sums, pixels.target + begin, size);
     clock.ends(kStores);
     begin = end;
   }
@@ -199,7 +221,7 @@ template <typename Cell, typename Load>
 void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, const Load& load) {
   const ConvShape& s = plan.shape;
   const int64_t images = call.batch(s);
-  const StoreSums store = pick_store(call);
+  const ForOutputs outputs = pick_outputs<Cell>(call);
   const int64_t pixel_cells = s.groups * plan.group_cells, image_cells = plan.rows * plan.cols * pixel_cells;
   const int64_t tiles_p = (s.P + plan.tile_p - 1) / plan.tile_p, tiles_q = (s.Q + plan.tile_q - 1) / plan.tile_q;
   // Small images share a task, for whole register tiles and longer use of each weight.
@@ -259,7 +281,7 @@ void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, co
       const void* x = in_place ? call.x : planes_of(task);
       const int64_t last = first_strip(plan, part + 1, parts);
       for (int64_t strip = first_strip(plan, part, parts); strip < last; ++strip)
-        run_strip<Cell>(plan, call, plan.strips[strip], x, pixels, store, clock);
+        run_strip<Cell>(plan, call, plan.strips[strip], x, pixels, outputs, clock);
     }
     end_streams();
   }

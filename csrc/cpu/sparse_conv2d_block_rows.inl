@@ -54,17 +54,62 @@ void load_rows(const BlockPlan& plan, const ConvCall& call, int64_t n, int64_t p
   }
 }
 
+inline bool streams_outputs(const BlockPlan& plan, const ConvCall& call) {
+  const ConvShape& s = plan.shape;
+  const int64_t bytes = call.y_dtype == DType::kF32 ? 4 : 2;
+  return call.batch(s) * s.P * s.Q * s.K * bytes >= kStreamedBytes;
+}
+
 // The sums [pixels][2 * kLanes] of a strip, each pixel's to the output pixel `target` says.
 template <typename Y>
 void store_sums(const BlockPlan& plan, const ConvCall& call, const BlockStrip& strip, const float* sums,
                 const int64_t* target, int64_t pixels) {
-  const ConvShape& s = plan.shape;
   const Output<Y> out(call);
-  const bool streams = call.batch(s) * s.P * s.Q * s.K * static_cast<int64_t>(sizeof(Y)) >= kStreamedBytes;
+  const bool streams = streams_outputs(plan, call);
   const float* bias = call.bias ? static_cast<const float*>(call.bias) + strip.k0 : nullptr;
   for (int64_t m = 0; m < pixels; ++m, sums += 2 * kLanes) {
     const int64_t at = target[m] + strip.k0;
     if (strip.span == strip.count) finish_outputs(out, at, sums, bias, strip.count, streams);
     else scatter_outputs(out, at, sums, bias, strip.span, plan.keeps.data() + strip.first_mask);
   }
+}
+
+// Where the sums of a strip of two whole vectors go straight from the registers.
+struct BlockOutputs {
+  const ConvCall* call;
+  const int64_t* target;  // as of store_sums; null where the sums are not the last ones
+  int64_t k0;
+  bool streams;
+};
+
+template <typename Y>
+inline void finish_vectors(const Output<Y>& out, int64_t at, Vec low, Vec high, const float* bias, bool streams) {
+#if defined(__AVX512BW__)
+  constexpr __mmask16 kAll = 0xffff;
+  constexpr bool kPairs =
+#if defined(__AVX512BF16__)
+      std::is_same_v<Y, Bf16>;
+#else
+      false;
+#endif
+  if (kPairs || !streams) {
+    const __m512 first = finished(out, at, kAll, (__m512)low, bias);
+    const __m512 second = finished(out, at + 16, kAll, (__m512)high, bias == nullptr ? nullptr : bias + 16);
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs) {
+      const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+      if (streams && is_line(out.y + at)) _mm512_stream_si512(reinterpret_cast<__m512i*>(out.y + at), pair);
+      else _mm512_storeu_si512(out.y + at, pair);
+      return;
+    }
+#endif
+    store_lanes(kAll, out.y + at, first);
+    store_lanes(kAll, out.y + at + 16, second);
+    return;
+  }
+#endif
+  alignas(64) float sums[2 * kLanes];
+  store(sums, low);
+  store(sums + kLanes, high);
+  finish_outputs(out, at, sums, bias, 2 * kLanes, streams);
 }
