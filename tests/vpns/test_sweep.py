@@ -168,6 +168,24 @@ def test_a_sweep_killed_at_any_moment_goes_on_and_ends_bitwise_the_same(
     assert_same_bits(folder / "runs" / "seed7", swept[0] / "runs" / "vpns")
 
 
+def test_runs_that_were_tested_are_timed_reported_and_compared(
+    tmp_path: Path, tiny_task: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [str(Path(cli.__file__).parents[1]), str(Path(__file__).parent)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    Path("grid.yaml").write_text(json.dumps({"settings": TINY, "grid": {"method": ["omp"]}}))
+    assert cli.main(["sweep", "grid.yaml", "--threads=1"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == "runs/grid/report/report.html"
+    assert "x dense" in printed.err
+    with Path("runs/grid/results.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["sparse_ms"]) > 0
+    assert Path("runs/grid/runs/omp/report/report.html").is_file()
+    assert "(../runs/omp/report/report.html)" in Path("runs/grid/report/report.md").read_text()
+
+
 def test_ray_gives_the_bits_of_local_processes(
     swept: tuple[Path, Swept, str], tmp_path: Path, tiny_task: ModuleType
 ) -> None:

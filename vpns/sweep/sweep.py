@@ -52,7 +52,8 @@ def run_sweep(grid: Grid, options: SweepOptions, stream: TextIO | None = None) -
                 _do(jobs, _make_executor(options, threads), progress, errors)
             if grid.until == "report":
                 # Times are taken alone, and all of them on this machine, so that they compare.
-                timed = [replace(job, until="report") for job in jobs if job.lender and is_finished(job)]
+                tested = [job for job in jobs if job.lender and is_finished(job)]
+                timed = [replace(job, until="report", lender=None, needs=None) for job in tested]
                 timing = _Progress(timed, progress.stream)
                 _do(timed, LocalExecutor(1, threads), timing, errors)
         finally:
