@@ -21,6 +21,7 @@ _CAPTIONS = {
     "over_density": "Mean test accuracy over the share of weights that is kept; bars are 95 % intervals.",
     "over_time": "Mean test accuracy over the time of a batch; further left and up is better.",
 }
+_PLOTS = {"over_density": "Accuracy over density", "over_time": "Accuracy over time"}
 
 
 def write_comparison(runs: Sequence[Run], folder: Path, title: str, sections: Sequence[Section] = ()) -> Path:
@@ -50,8 +51,7 @@ def write_comparison(runs: Sequence[Run], folder: Path, title: str, sections: Se
         *sections,
         Section("Arms", (pictures["arms"], _show(rows), "Rows: [arms.csv](arms.csv), [runs.csv](runs.csv).")),
         *([Section("Differences", _show_pairs(pairs))] if pairs and not sections else []),
-        Section("Accuracy over density", (pictures["over_density"],)),
-        *([Section("Accuracy over time", (pictures["over_time"],))] if "over_time" in pictures else []),
+        *(Section(_PLOTS[name], (pictures[name],)) for name in _PLOTS if name in pictures),
         Section("Runs", (_show_runs(runs, folder),)),
         Section("Diagnosis", _show_diagnosis(runs)),
     ]

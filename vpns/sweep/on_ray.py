@@ -92,7 +92,7 @@ def _expect_listener(address: str) -> None:
 
 
 def _no_cluster(address: str, error: Exception) -> ValueError:
-    hint = "ray start --head starts one"
+    hint = "ray start --head starts one; RAY_AUTH_TOKEN must be the cluster's where it asks for one"
     return ValueError(f"sweep: expected a Ray cluster at {address}, got {error} ({hint})")
 
 
