@@ -11,11 +11,10 @@ import torch
 
 from tests.kernels.artifacts import resign
 from tests.kernels.test_engine import images
-from tests.kernels.test_engine_torch import Attentive
+from tests.kernels.test_engine_torch import Attentive, compile_in_part
 from tests.kernels.test_hostile_artifacts import mutate
 from vpns_kernels import load
 from vpns_kernels.engine import ArtifactError, read_artifact, save_engine
-from vpns_kernels.engine.compile import compile
 
 FILES = (
     "manifest.json", "plan.bin", "masks.safetensors", "weights.safetensors", "prompt.safetensors",
@@ -31,7 +30,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     masks = {name: torch.ones(2, 3, dtype=torch.bool) for name in ("stem", "head")}
     prompt = {"raw": torch.zeros(3, 2, 2)}
     save_engine(
-        compile(network, images(2), "float32"), folder, {"label": 1}, masks, network.state_dict(), prompt
+        compile_in_part(network, images(2)), folder, {"label": 1}, masks, network.state_dict(), prompt
     )
     return folder
 

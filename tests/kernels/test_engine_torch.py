@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from pathlib import Path
 
@@ -64,7 +65,14 @@ def network() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def engine(network: nn.Module) -> Engine:
-    return compile(network, images(4), "float32")
+    return compile_in_part(network, images(4))
+
+
+def compile_in_part(network: nn.Module, x: Tensor, dtype: str = "float32") -> Engine:
+    """Compiled with native steps, be it that torch alone is faster on networks of this size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["vpns_kernels.engine.compile"], "_CLEARLY", 0.0)
+        return compile(network, x, dtype)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -160,6 +168,53 @@ def test_callers_of_both_do_not_disturb_one_another(engine: Engine) -> None:
 class Doubled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight * 2
+
+
+@pytest.mark.parametrize("kind", [Attentive, TorchFirst])
+def test_in_bfloat16_torch_computes_its_share_in_it_too(kind: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    whole = kind().eval()
+    engine = compile_in_part(whole, images(4), "bfloat16")
+    ports = [port for program in engine.programs for port in program.reads if port.value >= 0]
+    assert {port.dtype for port in ports} == {"bfloat16"}
+    assert_close(engine, whole, images(5), torch.bfloat16)
+    engine.save(tmp_path / "engine")
+    assert torch.equal(load(tmp_path / "engine")(images(3)), engine(images(3)))
+
+
+class Singular(nn.Module):
+    """What torch has in float32 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.linalg.svdvals(self.conv(x).mean(1)))
+
+
+def test_what_torch_has_in_float32_alone_stays_so_and_the_report_says_it() -> None:
+    torch.manual_seed(4)
+    whole = Singular().eval()
+    engine = compile_in_part(whole, images(2), "bfloat16")
+    with torch.no_grad():
+        torch.testing.assert_close(engine(images(3)), whole(images(3)), rtol=0.05, atol=0.05)
+    (row,) = [row for row in engine.explain(quiet=True).rows() if row["op"] == "torch"]
+    assert "(in float32, as torch has not all of it in bfloat16: " in row["reason"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_native_steps_do_not_pay_torch_runs_alone_and_the_report_says_so(
+    network: nn.Module, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Whatever is measured, torch alone is fast enough.
+    monkeypatch.setattr(sys.modules["vpns_kernels.engine.compile"], "_CLEARLY", 1e9)
+    alone = compile(network, images(2), dtype)  # type: ignore[arg-type]
+    assert {step.op for step in alone.plan.steps} == {"torch"}
+    assert_close(alone, network, images(3), getattr(torch, dtype))
+    assert "left to torch: torch alone takes" in str(alone.explain(quiet=True))
+    alone.save(tmp_path / "engine")
+    assert torch.equal(load(tmp_path / "engine")(images(1)), alone(images(1)))
 
 
 def test_networks_of_other_pruning_tools_are_read_through_their_masks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +15,7 @@ from vpns_kernels.engine.engine import Engine
 from vpns_kernels.engine.lower import lower
 from vpns_kernels.engine.report import StepReport
 from vpns_kernels.engine.select import draft_plan
-from vpns_kernels.engine.trace import trace_network
+from vpns_kernels.engine.trace import Traced, trace_network
 
 DType = Literal["auto", "float32", "bfloat16"]
 # Images that a thread may take along at a time: few stay in its cache, many fill vectors of images.
@@ -59,7 +60,9 @@ def compile(
     _check_input(example_input)
     chosen = _dtype(dtype)
     example = example_input.detach().float()
-    lowered = lower(trace_network(model, example))
+    traced = trace_network(model, example)
+    lowered = lower(traced)
+    _cast_programs(lowered, chosen, example)
     threads_now = threads or torch.get_num_threads()
     rivals = _Rivals(lowered, chosen, threads)
     best: _Timed | None = None
@@ -75,7 +78,45 @@ def compile(
         replace(step, kernel=report.kernel) for step, report in zip(plan.steps, best.reports, strict=True)
     ]
     plan = replace(plan, steps=tuple(steps))
-    return Engine(plan, best.reports, threads=threads, programs=lowered.programs)
+    engine = Engine(plan, best.reports, threads=threads, programs=lowered.programs)
+    return _choose(engine, traced, chosen, example) if lowered.programs else engine
+
+
+def _cast_programs(lowered: Lowered, dtype: torch.dtype, example: Tensor) -> None:
+    """What is left to torch runs in the network's type, where torch has it for all of its operations."""
+    if dtype == torch.float32 or not lowered.programs:
+        return
+    cast = [program.cast(dtype) for program in lowered.programs]
+    try:
+        Engine(draft_plan(lowered, dtype, {}), programs=cast)(example[:1])
+    except RuntimeError as error:
+        why = f"in float32, as torch has not all of it in {str(dtype)[6:]}: {str(error).splitlines()[0]}"
+        cast = [replace(program, note=f"{program.note} ({why})") for program in lowered.programs]
+    lowered.programs = cast
+
+
+def _choose(engine: Engine, traced: Traced, dtype: torch.dtype, example: Tensor) -> Engine:
+    """The engine, or torch alone where its borders cost more than native steps gain."""
+    lowered = lower(traced, is_native=False)
+    _cast_programs(lowered, dtype, example)
+    plan = draft_plan(lowered, dtype, {})
+    alone = Engine(plan, threads=engine.threads, programs=lowered.programs)
+    times: dict[Engine, list[float]] = {engine: [], alone: []}
+    for _ in range(_REPEATS + 1):
+        for rival, taken in times.items():
+            started = time.perf_counter()
+            rival(example)
+            taken.append(1e3 * (time.perf_counter() - started) / len(example))
+    mixed_ms, alone_ms = (min(taken[1:]) for taken in times.values())
+    if alone_ms >= _CLEARLY * mixed_ms:
+        return engine
+    note = f"torch alone takes {alone_ms:.3f} ms, {mixed_ms:.3f} with native steps between"
+    note = f"{note}: {lowered.programs[0].note}"
+    reports = [
+        StepReport(step.name, None, None, 0.0 if place else alone_ms, "torch", note)
+        for place, step in enumerate(plan.steps)
+    ]
+    return Engine(plan, reports, threads=engine.threads, programs=lowered.programs)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,8 +48,11 @@ from vpns_kernels.geometry import ConvGeometry
 aten = torch.ops.aten
 
 
-def lower(traced: Traced) -> Lowered:
+def lower(traced: Traced, is_native: bool = True) -> Lowered:
     """The steps of a traced network.
+
+    Args:
+        is_native: False leaves everything to torch.
 
     Raises:
         LoweringError: it returns something else than one activation.
@@ -58,7 +62,7 @@ def lower(traced: Traced) -> Lowered:
     for node in nodes:
         if node.op == "placeholder":
             to.add_input(node)
-    for number, segment in enumerate(find_segments(traced, lower_node)):
+    for number, segment in enumerate(find_segments(traced, lower_node, is_native)):
         to.segment = number
         if segment.is_native:
             for node in segment.nodes:
@@ -87,6 +91,8 @@ def _lower_virtual(to: Lowering, node: fx.Node, segment: Segment) -> None:
 
 def _leave_to_torch(to: Lowering, traced: Traced, segment: Segment) -> None:
     program = make_program(traced, segment, to)
+    same = sum(other.name.partition(" ")[0] == program.name for other in to.found.programs)
+    program = replace(program, name=f"{program.name} {same + 1}" if same else program.name)
     to.found.programs.append(program)
     reads = [port.value for port in program.reads if port.value >= 0]
     writes = [port.value for port in program.writes if port.value >= 0]

@@ -35,11 +35,14 @@ class Segment:
     reasons: dict[fx.Node, str] = field(default_factory=dict)
 
 
-def find_segments(traced: Traced, lower_node: Callable[[Lowering, fx.Node], None]) -> list[Segment]:
+def find_segments(
+    traced: Traced, lower_node: Callable[[Lowering, fx.Node], None], is_native: bool = True
+) -> list[Segment]:
     """All operations of a network that compute activations, in segments to be run in order.
 
     Args:
         lower_node: adds the step of one operation; LoweringError where there is none.
+        is_native: False leaves all of them to torch.
     """
     nodes = [
         node
@@ -48,7 +51,7 @@ def find_segments(traced: Traced, lower_node: Callable[[Lowering, fx.Node], None
     ]
     reasons, virtual = _try_steps(traced, nodes, lower_node)
     own = [node for node in nodes if node not in virtual]
-    torchs = set(reasons)
+    torchs = set(reasons) if is_native else set(own)
     while True:
         levels = _find_levels(own, torchs)
         segments = {level: [n for n in own if levels[n] == level] for level in sorted(set(levels.values()))}

@@ -49,8 +49,8 @@ class NativePart:
         self._network = native.library().Network(data.data_ptr(), data.numel(), segment)
         self.kernels: list[str] = self._network.kernels
         # As who reads them expects them: otherwise they would be copied once more.
-        strides = {port.value: port.strides for program in programs for port in program.reads}
-        self._outputs = [(value, strides.get(value)) for value in self._network.outputs]
+        ports = {port.value: port for program in programs for port in program.reads}
+        self._outputs = [(value, ports.get(value)) for value in self._network.outputs]
         self._inputs: list[int] = self._network.inputs
 
     def set_chunk(self, chunk: int) -> None:
@@ -63,12 +63,14 @@ class NativePart:
             size = values[value]
             x.append(tensors[value].reshape(-1, size.channels, size.height, size.width))
         images = len(x[0])
-        for value, strides in self._outputs:
+        for value, port in self._outputs:
             size = values[value]
             shape = (images, size.channels, size.height, size.width)
-            is_planar = strides is not None and len(strides) == 4 and strides[1] >= size.height * size.width
+            strides = () if port is None else port.strides
+            is_planar = len(strides) == 4 and strides[1] >= size.height * size.width
             layout = torch.contiguous_format if is_planar else torch.channels_last
-            tensors[value] = torch.empty(shape, dtype=torch.float32, memory_format=layout)
+            dtype = torch.float32 if port is None else getattr(torch, port.dtype)
+            tensors[value] = torch.empty(shape, dtype=dtype, memory_format=layout)
         y = [tensors[value] for value, _ in self._outputs]
         clock = 0 if seconds is None else seconds.data_ptr() + 8 * self.steps.start
         self._network.run(context, [_refer(t) for t in x], [_refer(t) for t in y], images, threads, clock)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,24 +30,26 @@ class Port:
         value: of the plan; below 0: a tensor that only programs see, as it is.
         shape: without the first extent; of a value.
         strides: as the program expects it; of a value.
+        dtype: as the program expects it; of a value.
     """
 
     value: int
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
+    dtype: str = "float32"
 
     def fit(self, tensor: Tensor) -> Tensor:
-        """A value as the program reads it: float32, of its shape and strides."""
+        """A value as the program reads it."""
         if self.value < 0:
             return tensor
         found = tensor.reshape(-1, *self.shape) if tensor.shape[1:] != self.shape else tensor
-        strides = found.stride()
-        if found.dtype == torch.float32 and all(
+        strides, dtype = found.stride(), getattr(torch, self.dtype)
+        if found.dtype == dtype and all(
             extent == 1 or stride == wanted
             for extent, stride, wanted in zip(found.shape, strides, self.strides, strict=True)
         ):
             return found
-        made = torch.empty_strided(tuple(found.shape), self.strides, dtype=torch.float32)
+        made = torch.empty_strided(tuple(found.shape), self.strides, dtype=dtype)
         return made.copy_(found)
 
 
@@ -65,6 +68,12 @@ class TorchProgram:
     reads: tuple[Port, ...]
     writes: tuple[Port, ...]
     note: str
+
+    def cast(self, dtype: torch.dtype) -> TorchProgram:
+        """The same with weights and values of another type."""
+        name = str(dtype).removeprefix("torch.")
+        reads = tuple(replace(port, dtype=name) for port in self.reads)
+        return replace(self, module=copy.deepcopy(self.module).to(dtype), reads=reads)
 
     def run(self, tensors: dict[int, Tensor]) -> None:
         """Take what it reads from the tensors of a call, and put there what it writes."""
@@ -217,6 +226,7 @@ def open_program(data: Tensor, described: dict[str, Any]) -> TorchProgram:
 
 def _open_port(described: dict[str, Any]) -> Port:
     value, shape, strides = described["value"], described["shape"], described["strides"]
-    if type(value) is not int or any(type(n) is not int for n in (*shape, *strides)):
-        raise TypeError(f"expected whole numbers in a port, got {described}")
-    return Port(value, tuple(shape), tuple(strides))
+    is_port = type(value) is int and all(type(n) is int for n in (*shape, *strides))
+    if not is_port or described["dtype"] not in ("float32", "bfloat16"):
+        raise TypeError(f"expected whole numbers and a dtype in a port, got {described}")
+    return Port(value, tuple(shape), tuple(strides), described["dtype"])
