@@ -15,8 +15,7 @@ from vpns.report.ink import DENSE, GRID, INK, SERIES, SPARSE, tidy
 def draw_comparison(arms: Sequence[Arm]) -> dict[str, Figure]:
     """Plots by name: over density where that differs, over time where it was measured."""
     drawn = {"arms": _draw_arms(arms)}
-    densities = {f"{arm.mean('weight_density'):.1g}" for arm in arms}
-    if len(densities) > 1:
+    if len({arm.runs[0].config.density for arm in arms}) > 1:
         drawn["over_density"] = _draw_over(arms, "weight_density")
     if any(arm.mean("sparse_ms") is not None for arm in arms):
         drawn["over_time"] = _draw_over(arms, "sparse_ms")
