@@ -26,7 +26,7 @@ from vpns_kernels.formats import why_not
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.kept_inputs import read_kept_inputs
 from vpns_kernels.modules import ChannelMask, MaskedConv2d, MaskedLinear
-from vpns_kernels.patterns import Block
+from vpns_kernels.patterns import NM, Block, Unstructured
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
 from vpns_kernels.tracing import trace
 
@@ -116,8 +116,10 @@ def _trained_layers(network: nn.Module) -> dict[str, _Trained]:
 
 def _why_dense(layer: nn.Module) -> str | None:
     """Why only torch's dense layers can compute under this mask; None where the kernels can."""
-    if not isinstance(layer, MaskedConv2d):
+    if not isinstance(layer, MaskedConv2d | MaskedLinear):
         return None
+    if not isinstance(layer.pattern, Unstructured | Block | NM):
+        return f"dense: no kernel knows masks of pattern {layer.pattern.spec}"
     return why_not(layer.pattern, ConvGeometry.from_module(layer))
 
 

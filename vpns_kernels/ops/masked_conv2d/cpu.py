@@ -14,9 +14,13 @@ from torch import Tensor
 
 from vpns_kernels import native
 from vpns_kernels.geometry import ConvGeometry, Pair
-from vpns_kernels.patterns import Block, Channel, Pattern, parse_pattern
+from vpns_kernels.patterns import NM, Block, Pattern, Unstructured, parse_pattern
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+# Patterns that the library knows masks of.
+_TAKEN = (Unstructured, Block, NM)
 
 
 def why_not(
@@ -31,8 +35,8 @@ def why_not(
     if x.dtype not in _NAMES or weight.dtype != torch.float32:
         return f"it takes float32 or halves with float32 weights, got {x.dtype} with {weight.dtype}"
     kind = parse_pattern(pattern)
-    if isinstance(kind, Channel):
-        return "it takes masks of single weights or of blocks (channels are masked by channel_mask)"
+    if not isinstance(kind, _TAKEN):
+        return f"it takes masks of single weights or of blocks, got {kind.spec} (of channels: channel_mask)"
     groups = rest[-1]
     if isinstance(kind, Block) and groups > 1 and weight.shape[0] // groups % kind.bk:
         return f"it takes blocks within a group, got {kind.bk} of {weight.shape[0] // groups} filters"
