@@ -3,7 +3,7 @@
     python -m bench.bench_prompts --json bench/results/prompts.json [--batch N] [--rounds N]
 
 A row is a kind of prompt before ResNet-18's first convolution at 224 pixels: forward, and the gradients of
-the prompt and of the scores, as an update of search computes them. The prompts are timed in turn, A B C A B C;
+the prompt and of the scores, as an update of search computes them. The prompts are timed in turn, A B A B;
 each one's memory is the most that a process of its own has resident above what it had before the first pass.
 """
 
