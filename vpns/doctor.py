@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 
+from vpns.data.cache import cache_folder
 from vpns_kernels import native
-from vpns_kernels.choose import choose, this_machine
+from vpns_kernels.choose import break_even_density, choose, this_machine
 from vpns_kernels.cost import CLASSES, LayerQuery
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.measure import fingerprint
 from vpns_kernels.ops import OPS
+from vpns_kernels.torchvision_import import import_torchvision
 
+_EXTRAS = {"timm": "networks by name (extra [timm])", "ray": "sweeps over a cluster (extra [ray])"}
 _PEERS = ("openvino", "onnxruntime", "deepsparse", "sparseprop")
 # A layer in the middle of ResNet-18 at 224 pixels, batch 16, a tenth kept.
 _LAYER, _SIZE, _KEPT = ConvGeometry(256, 256, (3, 3), padding=(1, 1)), (16, 14, 14), 0.1
@@ -54,6 +57,9 @@ def examine() -> list[Finding]:
         *_instruction_sets(),
         *_gpu(),
         *(Finding(name, find_spec(name) is not None, "a peer for measuring") for name in _PEERS),
+        _torchvision(),
+        *(Finding(name, find_spec(name) is not None, what) for name, what in _EXTRAS.items()),
+        _cache(),
         *(Finding(f"op {name}", True, f"backends {', '.join(op.backends)}") for name, op in OPS.items()),
         *_expected_speed(),
     ]
@@ -106,6 +112,24 @@ def _gpu() -> list[Finding]:
     ]
 
 
+def _torchvision() -> Finding:
+    """Imported, since a build for another torch is found but stops."""
+    try:
+        import_torchvision("datasets")
+    except Exception as error:
+        return Finding("torchvision", False, f"for published data and networks: {error}")
+    return Finding("torchvision", True, "published data sets and networks by name")
+
+
+def _cache() -> Finding:
+    """Of decoded images."""
+    folder = cache_folder(None)
+    above = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    detail = f"{folder}, {shutil.disk_usage(above).free / 2**30:.0f} GiB free"
+    can_write = os.access(above, os.W_OK)
+    return Finding("cache of images", can_write, detail if can_write else f"{above} cannot be written")
+
+
 def _expected_speed() -> list[Finding]:
     """Of one layer, from the table of costs: nothing is measured here."""
     machine, found = this_machine(), []
@@ -117,6 +141,8 @@ def _expected_speed() -> list[Finding]:
     }
     for pattern, values in sizes.items():
         for dtype in ("float32", "bfloat16"):
-            choice = choose(LayerQuery(_LAYER, _SIZE, values, dtype), machine)
-            found.append(Finding(f"expect {pattern} {dtype}", choice.kernel != "dense", choice.reason))
+            query = LayerQuery(_LAYER, _SIZE, values, dtype)
+            choice, ends_at = choose(query, machine), break_even_density(query, machine)
+            detail = f"{choice.reason}; sparse is chosen up to density {ends_at:.2f}"
+            found.append(Finding(f"expect {pattern} {dtype}", choice.kernel != "dense", detail))
     return found

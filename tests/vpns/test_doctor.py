@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
-from vpns import cli
+from vpns import cli, doctor
 from vpns.doctor import Finding, examine, is_healthy
 from vpns_kernels import native
 from vpns_kernels.ops import OPS
@@ -25,6 +27,8 @@ def test_every_op_and_every_usable_instruction_set_is_named() -> None:
     assert all(kernel in named for kernel in native.library().sparse_conv2d_kernels())
     assert found["compiled library"].is_there
     assert "ms" in found["expect block:32x32 float32"].detail
+    assert re.search(r"up to density [01]\.\d\d$", found["expect block:32x32 float32"].detail)
+    assert all(found[name].is_there for name in ("torchvision", "timm"))
 
 
 def test_a_missing_gpu_part_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +52,24 @@ def test_a_missing_compiled_library_makes_the_exit_code(
     printed = json.loads(capsys.readouterr().out)
     assert printed["is_healthy"]
     assert printed["findings"][0]["name"] == "cpu"
+
+
+def test_a_torchvision_that_does_not_import_and_a_full_cache_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(part: str) -> None:
+        raise RuntimeError("operator torchvision::roi_align does not exist")
+
+    monkeypatch.setattr(doctor, "import_torchvision", fails)
+    monkeypatch.setenv("VPNS_CACHE", str(tmp_path / "new" / "cache"))
+    found = {finding.name: finding for finding in examine()}
+    assert not found["torchvision"].is_there
+    assert "roi_align" in found["torchvision"].detail
+    assert re.match(rf"{tmp_path}/new/cache, \d+ GiB free", found["cache of images"].detail)
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    assert "cannot be written" in {finding.name: finding for finding in examine()}["cache of images"].detail
+    assert is_healthy(list(found.values()))
 
 
 def test_only_what_is_needed_decides() -> None:
