@@ -222,6 +222,37 @@ def test_nested_and_hidden_files_are_handled_as_users_expect(root: Path) -> None
     assert len(images.train) + len(images.val) + len(images.test) == 21
 
 
+def test_a_link_to_nothing_and_a_folder_named_as_an_image_are_refused_by_name(root: Path) -> None:
+    (root / "cats" / "lost.png").symlink_to(root / "nowhere.png")
+    with pytest.raises(ValueError, match=r"train lacks 1 of 21 files: cats/lost\.png .*vpns data check"):
+        load_folder(root)
+    (root / "cats" / "lost.png").unlink()
+    (root / "dogs" / "album.png").mkdir()
+    with pytest.raises(ValueError, match=r"train lacks 1 of 21 files: dogs/album\.png"):
+        load_folder(root)
+
+
+def test_files_that_systems_leave_are_no_images(root: Path) -> None:
+    (root / "cats" / "._1.png").write_bytes(b"resource fork")
+    images = load_folder(root)
+    assert len(images.train) + len(images.val) + len(images.test) == 20
+
+
+def test_selections_stay_on_disk_until_they_are_read(root: Path) -> None:
+    images = load_folder(root)
+    store = images.train.store
+    assert len(store) == 20
+    assert images.val.store is store
+    assert images.train.select(torch.arange(3)).store is store
+    assert images.train.larger is not None
+    assert images.train.larger.shape == (20, 3, 18, 18)
+    assert images.train.images_for(16).shape == (12, 3, 16, 16)
+    assert images.train.images_for(18).shape == (12, 3, 18, 18)
+    assert images.train.to("cpu") is images.train
+    moved = images.train.to("meta")
+    assert (moved.store.shape, moved.rows) == ((12, 3, 16, 16), None)
+
+
 def test_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"expected an image folder, got {tmp_path / 'gone'}"):
         load_folder(tmp_path / "gone")

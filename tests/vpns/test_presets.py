@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.vpns.small_sets import make_set
 from vpns import cli
 from vpns.config import RunConfig, SearchConfig, TuneConfig
 from vpns.data import LAYOUTS
+from vpns.files import read_json
 from vpns.models import build_model
 from vpns.preset_files import find_preset, list_presets
 from vpns.stages.networks import stage_passes
@@ -109,3 +111,32 @@ def test_a_mistyped_preset_is_answered_with_what_is_near(capsys: pytest.CaptureF
     assert len(error.splitlines()) == 1
     with pytest.raises(ValueError, match=r"got 'qqq'$"):
         find_preset("qqq")
+
+
+@pytest.mark.usefixtures("tiny_task")
+@pytest.mark.parametrize(
+    ("preset", "home"), [("resnet18-dtd", "dtd/dtd"), ("resnet18-cifar100", "cifar-100-python")]
+)
+def test_a_preset_runs_and_resumes_on_a_miniature_of_its_data(
+    preset: str, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_set(home, tmp_path / "data", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    options = ["--model.name=tiny_task:build", "--model.source_classes=12", "--model.weights=null"]
+    options += ["--prompt.canvas=16", "--prompt.frame=2", "--pretrain.epochs=0", "--threads=1"]
+    options += ["--search.epochs=2", "--tune.epochs=2", "--data.val_fraction=0.2"]
+    assert cli.main(["search", "--preset", preset, *options]) == 0
+    folder = tmp_path / "runs" / preset
+    before = (folder / "search" / "scores.safetensors").read_bytes()
+    assert cli.main(["eval", f"runs/{preset}"]) == 0
+    assert (folder / "search" / "scores.safetensors").read_bytes() == before
+    result = read_json(folder / "eval" / "stage.json")["result"]
+    assert len(result["class_names"]) == 3
+    # Prompted and plain: two updates per iteration, of one batch.
+    tuned = read_json(folder / "tune" / "stage.json")["result"]
+    assert tuned["updates"] == 2 * 2
+    # Data that broke meanwhile are refused, and what was done stays.
+    max(path for path in (tmp_path / "data" / home).rglob("*") if path.is_file()).unlink()
+    (folder / "eval" / "stage.json").unlink()
+    assert cli.main(["eval", f"runs/{preset}"]) == cli.EXIT_ERROR
+    assert (folder / "search" / "scores.safetensors").read_bytes() == before
