@@ -117,7 +117,10 @@ def test_frames_are_the_papers_on_the_runs_canvas() -> None:
     assert [count_parameters(prompt) for prompt in at_224] == [39_936, 122_880]
 
 
-@pytest.mark.parametrize("name", ["arms", "exp1", "exp2"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("arms", marks=pytest.mark.long), pytest.param("exp1", marks=pytest.mark.long), "exp2"],
+)
 def test_an_experiment_runs_on_a_users_own_settings_from_one_command(
     name: str,
     tmp_path: Path,
