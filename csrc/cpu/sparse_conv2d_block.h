@@ -42,6 +42,7 @@ BlockAxis make_block_axis(int64_t taps, int64_t stride, int64_t dilation);
 struct BlockRun {
   int64_t offset;  // cells from an output pixel's base
   int64_t words;
+  int64_t shared = 0;  // cells that the last word has in common with the one before it: 1 of an odd number of cells
 };
 
 // Runs that share their sums.

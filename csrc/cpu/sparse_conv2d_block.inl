@@ -45,8 +45,9 @@ void multiply_runs(const BlockTile& tile) {
 #pragma GCC unroll 16
     for (int m = 0; m < kPixels; ++m)
       x[m] = static_cast<const Cell*>(tile.x) + tile.pixel[m] + tile.runs[run].offset;
-    const int64_t cells = tile.runs[run].words * kCells;
-    for (int64_t c = 0; c < cells; c += kCells, weights += kVectors * kLanes) {
+    const int64_t cells = tile.runs[run].words * kCells, last = cells - kCells - tile.runs[run].shared;
+    for (int64_t next = 0; next < cells; next += kCells, weights += kVectors * kLanes) {
+      const int64_t c = std::min(next, last);
       Vec w[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) w[v] = load(weights + v * kLanes);
@@ -139,12 +140,18 @@ void multiply_group(BlockTile tile, int64_t pixels) {
   if (tile.adds) tile.sums = own;
   for (int64_t pixel = 0; pixel < pixels; ++pixel) store(tile.sums + pixel * 2 * kLanes, Vec{});
   const uint32_t* weights = tile.weights;
-  for (int64_t run = 0; run < tile.run_count; ++run)
-    for (int64_t word = 0; word < tile.runs[run].words; word += kLanes) {
-      const int64_t words = std::min<int64_t>(tile.runs[run].words - word, kLanes);
-      kMultiplyWords<Cell>[words - 1](tile, pixels, tile.runs[run].offset + word * (4 / sizeof(Cell)), weights);
-      weights += words * kLanes;
+  for (int64_t i = 0; i < tile.run_count; ++i) {
+    const BlockRun& run = tile.runs[i];
+    const int64_t words = run.words - run.shared;
+    for (int64_t word = 0; word < words; word += kLanes) {
+      const int64_t count = std::min<int64_t>(words - word, kLanes);
+      kMultiplyWords<Cell>[count - 1](tile, pixels, run.offset + word * (4 / sizeof(Cell)), weights);
+      weights += count * kLanes;
     }
+    if (run.shared == 0) continue;
+    kMultiplyWords<Cell>[0](tile, pixels, run.offset + words * (4 / sizeof(Cell)) - 1, weights);
+    weights += kLanes;
+  }
   if (!tile.adds) return;
   for (int64_t i = 0; i < pixels * 2 * kLanes; i += 2 * kLanes) store(sums + i, load(sums + i) + load(own + i));
 }

@@ -145,12 +145,13 @@ class Planner {
       sources.push_back(kNoWeight);
       cells = 2;
     }
-    begin_run(strip, offset, cells / 2);
-    const bool odd = cells % 2 != 0;
+    const bool odd = cells % 2 != 0, fits = (cells + 1) / 2 <= most_words(strip);
+    begin_run(strip, offset, fits ? (cells + 1) / 2 : cells / 2);
     for (int64_t i = 0; i + 1 < cells; i += 2)
       add_word(strip, sources[i], sources[i + 1], 1.0f, odd && i + 3 == cells ? 0.5f : 1.0f);
     if (!odd) return;
-    begin_run(strip, offset + cells - 2, 1);
+    if (fits) plan_.runs.back().shared = 1;
+    else begin_run(strip, offset + cells - 2, 1);
     add_word(strip, sources[cells - 2], sources[cells - 1], 0.5f);
   }
 
