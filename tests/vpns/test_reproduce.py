@@ -87,6 +87,9 @@ def test_a_planted_point_is_found_in_the_arms_and_a_planted_zero_is_not(tmp_path
     assert primary["pairs"] == 24
     assert primary["low"] > 0
     assert primary["p_value"] < 0.01
+    (target,) = found["targets"]
+    assert target["value"] == primary["detectable"]
+    assert target["met"] is (primary["detectable"] <= 0.5)
     nothing = tests[FROZEN, LEARNED]
     assert not nothing["is_primary"]
     assert nothing["low"] < 0 < nothing["high"]

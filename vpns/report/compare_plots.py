@@ -45,7 +45,7 @@ def _draw_arms(arms: Sequence[Arm]) -> Figure:
 
 def _draw_over(arms: Sequence[Arm], key: str) -> Figure:
     """Mean accuracy over a column that gets better to the left, a line per series."""
-    figure = Figure(figsize=(9.0, 4.4), layout="constrained")
+    figure = Figure(figsize=(9.0, 4.8), layout="constrained")
     axis = figure.subplots()
     for number, name in enumerate(dict.fromkeys(arm.series for arm in arms)):
         points = [(arm.mean(key), arm.mean("accuracy"), arm.interval) for arm in arms if arm.series == name]
@@ -66,7 +66,7 @@ def _draw_over(arms: Sequence[Arm], key: str) -> Figure:
     label = {"weight_density": "share of weights kept", "sparse_ms": "time of a batch, ms"}[key]
     axis.set_xlabel(label, color=INK, fontsize=9)
     axis.set_ylabel("test accuracy, %", color=INK, fontsize=9)
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=4)
     _finish(axis)
     return figure
 

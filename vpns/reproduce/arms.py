@@ -64,4 +64,5 @@ ARMS = Experiment(
     build_axes=build_axes,
     until="eval",
     compare=compare,
+    wanted_points=0.5,
 )

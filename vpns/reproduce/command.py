@@ -59,7 +59,9 @@ def do_reproduce(options: ReproduceOptions) -> int:
         if sweep.is_debug:
             sys.excepthook(*sys.exc_info())
         raise
-    content = {"schema_version": SCHEMA_VERSION, "machine": fingerprint(), "settings": settings} | found
+    # Where the pretrained network lies is of this machine alone.
+    told = {key: value for key, value in settings.items() if key != "model.weights"}
+    content = {"schema_version": SCHEMA_VERSION, "machine": fingerprint(), "settings": told} | found
     content |= {"workers": sweep.workers, "threads": sweep.threads, "errors": swept.errors}
     write_json(sweep.folder / f"{experiment.name}.json", content)
     if options.json is not None:
@@ -92,6 +94,7 @@ def judge(experiment: Experiment, folder: Path) -> dict[str, Any]:
         "experiment": experiment.name,
         "question": experiment.question,
         "tests": tests,
+        "targets": [] if experiment.wanted_points is None else _judge_power(experiment.wanted_points, tests),
         "table": rows,
         "runs": [{"run": run.name, "arm": run.arm, "seed": run.config.seed} | run.row for run in runs],
     }
@@ -110,6 +113,20 @@ def _test(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> list[Row]:
     by_name = {arm.name: arm for arm in arms}
     tested = [(one, compare_arms(by_name[one.first], by_name[one.second])) for one in comparisons]
     return [asdict(one) | asdict(test) for one, test in tested if test is not None]
+
+
+def _judge_power(wanted: float, tests: Sequence[Row]) -> list[Row]:
+    """Whether the seeds were enough for what the experiment was to see."""
+    return [
+        {
+            "name": f"{test['second']} against {test['first']}: points that could be seen",
+            "value": test["detectable"],
+            "wanted": wanted,
+            "met": test["detectable"] <= wanted,
+        }
+        for test in tests
+        if test["is_primary"]
+    ]
 
 
 def _show_tests(experiment: Experiment, tests: Sequence[Row]) -> Section:

@@ -37,7 +37,8 @@ class Experiment:
         build_axes: the grid but for its seeds, from the settings of its runs.
         until: the last stage of a run.
         compare: what is compared, of the arms that there are.
-        tabulate: a row for each run, or arm, of what the comparison does not tell; shown under `table_title`.
+        wanted_points: the true difference that its seeds are to find four times out of five.
+        tabulate: a row for each run, or arm, of what the comparison does not tell, for `tell` to show.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Experiment:
     build_axes: Callable[[RunConfig], Settings]
     until: str
     compare: Callable[[Sequence[Arm]], Sequence[Comparison]]
-    table_title: str = ""
+    wanted_points: float | None = None
     tabulate: Callable[[Sequence[Run]], Sequence[Row]] | None = None
     tell: Callable[[Sequence[Row]], Section] | None = None
 
