@@ -6,6 +6,7 @@ and what each image adds to it.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -69,16 +70,16 @@ def measure_rates(config: RunConfig) -> Rates:
     """Train by the run's own stages on images of noise, from a random start; nothing is downloaded."""
     times: dict[str, dict[int, float]] = {name: {} for name in _TRAINED}
     peaks: dict[int, int] = {}
-    looked_at = 0.0
+    looked_at, can_tell = 0.0, True
     for batch in _BATCHES:
-        _forget_peak()
+        can_tell = _forget_peak() and can_tell
         watch = _measure(config, batch)
         peaks[batch] = _peak_bytes()
         looked_at = watch.looked_at_s / batch
         for name, seconds in watch.update_s.items():
             times[name][batch] = seconds
     lines = {name: _line(found) for name, found in times.items() if found}
-    return Rates(lines, looked_at, _line(peaks) if all(peaks.values()) else None)
+    return Rates(lines, looked_at, _line(peaks) if can_tell and all(peaks.values()) else None)
 
 
 def stage_seconds(config: RunConfig, rates: Rates, counts: Counts) -> dict[str, float]:
@@ -173,11 +174,13 @@ def _line(found: Mapping[int, float]) -> Line:
     return Line(low - few * each, each)
 
 
-def _forget_peak() -> None:
-    """Linux keeps a process's peak of memory until it is told to forget it."""
+def _forget_peak() -> bool:
+    """Linux keeps a process's peak of memory until it is told to forget it; whether it could be told."""
     path = Path("/proc/self/clear_refs")
-    if path.exists():
-        path.write_text("5")
+    if not os.access(path, os.W_OK):
+        return False
+    path.write_text("5")
+    return True
 
 
 def _peak_bytes() -> int:

@@ -28,8 +28,10 @@ from pathlib import Path
 import torch
 
 from vpns.config import RunConfig, differing_keys
+from vpns.data import LAYOUTS
 from vpns.files import make_folder, read_json, write_json
 from vpns.group import Group, join_group
+from vpns.label_map import check_enough
 from vpns.methods import find_method
 from vpns.observe import End, Observer
 from vpns.prompt import build_prompt
@@ -98,6 +100,10 @@ def check_settings(config: RunConfig) -> None:
     method = find_method(config.method)
     parse_pattern(config.pattern).check_density(config.density)
     build_prompt(config.prompt)
+    published = LAYOUTS[config.data.name].published if config.data.name in LAYOUTS else None
+    if published is not None and config.label_map.kind != "head":
+        # Found before many images are decoded in vain.
+        check_enough(config.model.source_classes, published.classes)
     try:
         torch.empty(0, device=config.device)
     except RuntimeError as error:

@@ -28,6 +28,7 @@ def test_a_pass_leaves_gradients_of_prompt_and_scores(name: str) -> None:
     assert name == "none" or learns["prompt.raw"]
 
 
+@pytest.mark.long
 def test_rows_hold_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     only = {name: PROMPTS[name] for name in ("none", "fix")}
     monkeypatch.setattr("bench.bench_prompts.PROMPTS", only)

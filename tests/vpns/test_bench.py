@@ -110,7 +110,7 @@ def test_names_of_torchvision_are_known() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet1000"], "expected a network's name, or 'module:factory', got 'resnet1000'"),
+        (["--model", "resnet1000"], "to be a network's, or 'module:factory', got 'resnet1000'"),
         (["--model", "tiny_task:build", "--pattern", "hexagons"], "parse_pattern: expected one of"),
         (["--model", "tiny_task:build", "--density", "0"], "expected density in (0, 1]"),
         (["--model", "tiny_task:build", "--batch", "many"], "expected --batch as int, got 'many'"),

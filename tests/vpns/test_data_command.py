@@ -102,10 +102,14 @@ def test_downloads_are_checked_and_a_run_downloads_where_it_is_told_to(
     assert capsys.readouterr().out.endswith("whole\n")
     monkeypatch.setitem(LAYOUTS, "food101", layout)
     options = ["pretrain", str(tmp_path / "run"), "--data.name=food101", f"--data.root={tmp_path / 'other'}"]
-    options += ["--model.source_classes=2"]
+    few = ["--model.source_classes=2"]
+    # A head of too few classes is found before anything is decoded.
+    assert cli.main([*options, *few]) == cli.EXIT_ERROR
+    assert "expected at most 2 target classes" in capsys.readouterr().err
+    options += ["--model.source_classes=200"]
     assert cli.main(options) == cli.EXIT_ERROR
     assert "--download fetches it" in capsys.readouterr().err
     # The set arrives; that a head of two classes cannot tell three apart is found after it.
-    assert cli.main([*options, "--download"]) == cli.EXIT_ERROR
+    assert cli.main([*options, *few, "--download"]) == cli.EXIT_ERROR
     assert "expected at most 2 target classes" in capsys.readouterr().err
     assert (tmp_path / "other" / "food-101" / "meta" / "train.json").is_file()

@@ -71,7 +71,7 @@ def test_the_methods_example_prunes(tmp_path: Path, tiny_task: ModuleType) -> No
 @pytest.mark.usefixtures("registries")
 def test_the_patterns_example_prunes_whole_kernels(tmp_path: Path, tiny_task: ModuleType) -> None:
     run_example("vpns_kernels/patterns/kernel.py")
-    execute(tmp_path, tiny_task.make_config(pattern="kernel"), "export")
+    execute(tmp_path, tiny_task.make_config(pattern="kernel"), "tune")
     chosen = read_json(tmp_path / "search" / "choice.json")["layers"]
     assert {backend for layer in chosen.values() for backend in layer["backends"]} == {"reference"}
     layer = MaskedConv2d.from_dense(nn.Conv2d(3, 4, 3).requires_grad_(False), parse_pattern("kernel"))
@@ -88,7 +88,7 @@ def test_the_patterns_example_prunes_whole_kernels(tmp_path: Path, tiny_task: Mo
 @pytest.mark.usefixtures("registries")
 def test_the_prompts_example_learns(tmp_path: Path, tiny_task: ModuleType) -> None:
     run_example("vpns/prompt/tint.py")
-    execute(tmp_path, tiny_task.make_config(prompt=PromptConfig(kind="tint", canvas=16)), "eval")
+    execute(tmp_path, tiny_task.make_config(prompt=PromptConfig(kind="tint", canvas=16)), "tune")
     assert (read_tensors(tmp_path / "tune" / "prompt.safetensors")["raw"] != 0).all()
 
 

@@ -27,9 +27,9 @@ from vpns.run import execute
 CLASSES, CANVAS, DENSITY = 12, 32, 0.3
 QUICK = {
     "timm:resnet10t": "block:16x16",
-    "mobilenet_v2": "channel",
 }
 SLOW = {
+    "mobilenet_v2": "channel",
     "timm:mobilenetv3_small_050": "unstructured",
     "mnasnet0_5": "unstructured",
     "shufflenet_v2_x0_5": "block:8x8",

@@ -91,15 +91,20 @@ def read_pets(home: Path) -> Listing:
 
 def list_sets(first: Any, splits: dict[str, list[Any]], problems: list[str] | None = None) -> Listing:
     """Of one or more of torchvision's sets per split; the first gives the classes."""
-    class_names: list[str] = list(first.classes)
+    class_names = _classes(first)
     strangers = [
-        f"{one._split} differs in the classes {name_some(sorted({*one.classes} ^ {*class_names}))}"
+        f"{one._split} differs in the classes {name_some(sorted({*_classes(one)} ^ {*class_names}))}"
         for parts in splits.values()
         for one in parts
-        if list(one.classes) != class_names
+        if _classes(one) != class_names
     ]
     joined = {name: join(*map(_samples, parts)) for name, parts in splits.items()}
     return Listing(tuple(class_names), joined, (*(problems or ()), *strangers))
+
+
+def _classes(one: Any) -> list[str]:
+    """Older torchvisions have no names for Flowers102."""
+    return list(one.classes) if hasattr(one, "classes") else [str(n) for n in range(max(one._labels) + 1)]
 
 
 def _samples(one: Any) -> Samples:

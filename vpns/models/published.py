@@ -44,7 +44,7 @@ def build_published(name: str, num_classes: int) -> nn.Module:
     near = get_close_matches(known, sorted({one for listed in names.values() for one in listed}), 3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(
-        "build_model: expected a network's name, or 'module:factory', "
+        "build_model: expected model.name to be a network's, or 'module:factory', "
         f"got {name!r} (looked in vpns.models, {looked_in}{hint})"
     )
 
