@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,8 @@ from vpns_kernels.engine.lower import lower
 from vpns_kernels.engine.plan_file import encode_plan
 from vpns_kernels.engine.select import draft_plan
 from vpns_kernels.engine.trace import trace_network
+
+MODEL, MODEL_WEIGHTS = "archive/models/model.json", "archive/data/weights/model_weights_config.json"
 
 
 class Attentive(nn.Module):
@@ -136,6 +140,44 @@ def test_a_stored_program_is_checked_before_it_is_opened(engine: Engine, tmp_pat
         load(folder)
     resign(folder, lambda manifest: manifest["programs"].pop())
     with pytest.raises(ArtifactError, match="expected a program for torch"):
+        load(folder)
+
+
+HOSTILE = {
+    "a pickle": ("archive/data/sample_inputs/model.pt", b"", b"\x80\x04.", "no sample inputs"),
+    "another file": (
+        "archive/data/constants/opaque_obj_0",
+        b"",
+        b"\x80\x04.",
+        "files of an ordinary program",
+    ),
+    "a pickled weight": (MODEL_WEIGHTS, b'"use_pickle": false', b'"use_pickle": true', "got use_pickle"),
+    "a function": (
+        MODEL,
+        b"torch.ops.aten.softplus.default",
+        b"torch.hub.load",
+        "got target 'torch.hub.load'",
+    ),
+    "an expression": (MODEL, b"Symbol('s", b"exec('s", "got expr_str"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_program_that_could_run_code_is_refused_under_right_digests(
+    kind: str, engine: Engine, tmp_path: Path
+) -> None:
+    folder = tmp_path / "engine"
+    engine.save(folder)
+    name, old, new, reason = HOSTILE[kind]
+    with zipfile.ZipFile(folder / "torch-0.pt2") as archive:
+        files = {info.filename: archive.read(info) for info in archive.infolist()}
+    assert old in files.get(name, b"")
+    files[name] = files.get(name, b"").replace(old, new, 1) if old else new
+    with zipfile.ZipFile(folder / "torch-0.pt2", "w") as archive:
+        for file, content in files.items():
+            archive.writestr(file, content)
+    resign(folder)
+    with pytest.raises(ArtifactError, match=re.escape(reason)):
         load(folder)
 
 

@@ -7,7 +7,8 @@
     weights.safetensors   optional: a plain state_dict with zeros in place, for anyone
     prompt.safetensors    optional: that of the visual prompt
 
-Every number is checked before it is followed; what torch runs are operations of torch's own, no code.
+Every number is checked before it is followed, and nothing in an artifact is ever executed but operations of
+torch's own (program_file.py refuses whatever else torch.export would open).
 """
 
 from __future__ import annotations

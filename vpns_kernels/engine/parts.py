@@ -21,10 +21,13 @@ class EnginePart(Protocol):
     Attributes:
         steps: their places in the plan.
         kernels: what runs each; empty where a step has no weights.
+        reads, writes: values; below 0 those of torch alone.
     """
 
     steps: range
     kernels: list[str]
+    reads: list[int]
+    writes: list[int]
 
     def set_chunk(self, chunk: int) -> None:
         """Images that a thread takes at a time."""
@@ -51,7 +54,8 @@ class NativePart:
         # As who reads them expects them: otherwise they would be copied once more.
         ports = {port.value: port for program in programs for port in program.reads}
         self._outputs = [(value, ports.get(value)) for value in self._network.outputs]
-        self._inputs: list[int] = self._network.inputs
+        self.reads: list[int] = self._network.inputs
+        self.writes: list[int] = self._network.outputs
 
     def set_chunk(self, chunk: int) -> None:
         self._network.set_chunk(chunk)
@@ -59,7 +63,7 @@ class NativePart:
     def run(self, tensors: dict[int, Tensor], context: Any, threads: int, seconds: Tensor | None) -> None:
         values = self._plan.values
         x = []
-        for value in self._inputs:
+        for value in self.reads:
             size = values[value]
             x.append(tensors[value].reshape(-1, size.channels, size.height, size.width))
         images = len(x[0])
@@ -82,6 +86,8 @@ class TorchPart:
     def __init__(self, program: TorchProgram, steps: range) -> None:
         self.steps, self.program = steps, program
         self.kernels = ["torch"] * len(steps)
+        self.reads = [port.value for port in program.reads]
+        self.writes = [port.value for port in program.writes]
 
     def set_chunk(self, chunk: int) -> None:
         """torch takes all at once."""
@@ -116,7 +122,19 @@ def make_parts(plan: Plan, data: Tensor, programs: Sequence[TorchProgram]) -> li
         begin = end
     if left:
         raise ValueError(f"expected {len(programs) - len(left)} programs, got {len(programs)}")
+    _check_order(plan, parts)
     return parts
+
+
+def _check_order(plan: Plan, parts: Sequence[EnginePart]) -> None:
+    """ValueError where a part reads what no part before it writes."""
+    there = {plan.input}
+    for part in parts:
+        if missing := set(part.reads) - there:
+            raise ValueError(f"expected values that were computed before, got {sorted(missing)}")
+        there.update(part.writes)
+    if plan.output not in there:
+        raise ValueError(f"expected an output that is computed, got {plan.output}")
 
 
 def _refer(tensor: Tensor) -> tuple[int, str, list[int]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from vpns_kernels.engine.program_file import check_program, strip_program
 from vpns_kernels.engine.trace import Traced, is_computed, place_of
 
 if TYPE_CHECKING:
@@ -190,9 +191,9 @@ def export_program(program: TorchProgram, example: Sequence[Tensor], other: Sequ
         raise ValueError(
             f"save: expected {program.name} to be stored by torch.export, got: {error}"
         ) from error
-    stored = buffer.getvalue()
+    stored = strip_program(buffer.getvalue())
     with torch.no_grad():
-        found, expected = torch.export.load(io.BytesIO(stored)).module()(*other), program.module(*other)
+        found, expected = _load(stored)(*other), program.module(*other)
     if not all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
         raise ValueError(f"save: expected {program.name} to compute the same when it is read back")
     return stored
@@ -216,12 +217,17 @@ def open_program(data: Tensor, described: dict[str, Any]) -> TorchProgram:
     if not isinstance(name, str) or not isinstance(note, str):
         raise TypeError(f"expected a program's name and note, got {name!r} and {note!r}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = torch.export.load(io.BytesIO(data.numpy().tobytes())).module()
+        module = _load(data.numpy().tobytes())
     except Exception as error:
         raise ValueError(f"expected the program {name} of torch.export, got: {error}") from error
     return TorchProgram(name, module, reads, writes, note)
+
+
+def _load(data: bytes) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module: nn.Module = torch.export.load(io.BytesIO(check_program(data))).module(check_guards=False)
+    return module
 
 
 def _open_port(described: dict[str, Any]) -> Port:
