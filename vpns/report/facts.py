@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vpns.config import RunConfig
@@ -115,7 +116,7 @@ def read_facts(folder: Path, images: ImageSet | None = None) -> Facts:
         masks=read_tensors(folder / "tune" / "masks.safetensors"),
         prompt=read_tensors(folder / "tune" / "prompt.safetensors"),
         pairs=_compare_all(read_tensors(folder / "eval" / "outputs.safetensors")),
-        example=images.val.images[:1].cpu(),
+        example=images.val.select(torch.arange(1)).images.cpu(),
         val_images=len(images.val),
         choices={stage: _read_choice(folder / stage / "choice.json") for stage in ("search", "tune")},
     )
