@@ -193,6 +193,15 @@ def test_dense_is_chosen_where_nothing_is_pruned_and_the_report_says_so() -> Non
     assert "nothing is pruned" in str(report)
 
 
+def test_a_zero_by_chance_is_no_pruned_weight() -> None:
+    network = build("vgg")
+    with torch.no_grad():
+        network[8].weight[3, 2] = 0
+    steps = lower(trace_network(network, images(2)))
+    assert all(bool(step.kept.all()) for step in steps.steps if step.kept is not None)
+    assert_close(Engine(draft_plan(steps, torch.float32, {})), network, images(3), torch.float32)
+
+
 def test_a_report_tells_of_each_layer_why(capsys: pytest.CaptureFixture[str]) -> None:
     network = prune(build("residual"), "unstructured", 0.1).eval()
     engine = compile(network, images(4))

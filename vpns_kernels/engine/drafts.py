@@ -14,6 +14,9 @@ from vpns_kernels.engine.programs import TorchProgram
 from vpns_kernels.engine.trace import Traced, is_computed, place_of
 from vpns_kernels.geometry import ConvGeometry
 
+# Weights that are drawn are exactly 0 now and then; to leave out so few gains nothing.
+_CHANCE = 0.99
+
 
 class LoweringError(NotImplementedError):
     """An operation that no step computes; the message names it and its place."""
@@ -175,9 +178,13 @@ class Lowering:
         return self._traced.names[argument.name].rpartition(".")[0]
 
     def kept_of(self, layer: str, weight: Tensor) -> Tensor:
-        """What was not pruned of a layer's weight: by its mask, or by its zeros."""
+        """What was not pruned of a layer's weight: by its mask, or by its zeros, where they are no chance."""
         mask = self._traced.masks.get(layer)
-        return weight != 0 if mask is None else mask.view_as(weight)
+        if mask is not None:
+            return mask.view_as(weight)
+        kept = weight != 0
+        is_by_chance = not kept.is_meta and int(kept.sum()) > _CHANCE * kept.numel()
+        return torch.ones_like(kept) if is_by_chance else kept
 
     def add_step(self, node: fx.Node, draft: Draft) -> None:
         """A step that computes a node."""
