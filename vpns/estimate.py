@@ -25,6 +25,7 @@ from vpns.stages.networks import stage_passes
 from vpns.state import StageRecord
 
 _BATCHES = (2, 8)
+_EVAL_BATCH = 256
 # The first epoch warms up, the second counts.
 _EPOCHS = 2
 _TRAINED = ("dense", "search", "tune")
@@ -70,16 +71,18 @@ def measure_rates(config: RunConfig) -> Rates:
     """Train by the run's own stages on images of noise, from a random start; nothing is downloaded."""
     times: dict[str, dict[int, float]] = {name: {} for name in _TRAINED}
     peaks: dict[int, int] = {}
-    looked_at, can_tell = 0.0, True
+    looked_at, can_tell = dict[int, float](), True
     for batch in _BATCHES:
         can_tell = _forget_peak() and can_tell
         watch = _measure(config, batch)
         peaks[batch] = _peak_bytes()
-        looked_at = watch.looked_at_s / batch
+        looked_at[batch] = watch.looked_at_s
         for name, seconds in watch.update_s.items():
             times[name][batch] = seconds
     lines = {name: _line(found) for name, found in times.items() if found}
-    return Rates(lines, looked_at, _line(peaks) if can_tell and all(peaks.values()) else None)
+    # Images are looked at in large batches, over which what a call costs by itself is spread.
+    each = _line(looked_at).at(_EVAL_BATCH) / _EVAL_BATCH
+    return Rates(lines, each, _line(peaks) if can_tell and all(peaks.values()) else None)
 
 
 def stage_seconds(config: RunConfig, rates: Rates, counts: Counts) -> dict[str, float]:

@@ -60,7 +60,7 @@ ARMS = Experiment(
         "search.epochs": 15,
         "tune.epochs": 8,
     },
-    seeds=16,
+    seeds=24,
     build_axes=build_axes,
     until="eval",
     compare=compare,
