@@ -26,6 +26,7 @@ from vpns.prompt import PROMPTS, build_prompt
 from vpns.report_options import find_comparison
 from vpns.reproduce_options import parse_reproduce
 from vpns.run import execute
+from vpns.sweep.grid import read_grid
 from vpns.sweep_options import parse_sweep
 from vpns_kernels.modules import MaskedConv2d
 from vpns_kernels.ops import OPS
@@ -155,6 +156,13 @@ def test_every_command_of_the_pages_is_understood(
     elif find_comparison([name, *rest]) is None and "--print_config" not in rest:
         # A command that is only named needs no folder.
         assert cli.parse([name, *rest] if rest else [name, "runs/x"]).command == name
+
+
+def test_the_grid_of_the_pages_is_one(tmp_path: Path) -> None:
+    (content,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "many-runs.md").read_text(), re.DOTALL)
+    (tmp_path / "grid.yaml").write_text(content)
+    grid = read_grid(tmp_path / "grid.yaml")
+    assert (len(grid.runs), grid.until) == (16, "report")
 
 
 def test_commands_are_found() -> None:
