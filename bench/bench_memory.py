@@ -3,7 +3,8 @@
     python -m bench.bench_memory --model resnet50 --batch 16 --json memory.json
 
 Random masks of block:32x32 at density 0.1. What counts is the most that a process had resident in three
-batches, above what it had after importing its engine; ours is read from a stored artifact, theirs from an ONNX file.
+batches, above what it had after importing its engine; ours is read from a stored artifact, theirs from an
+ONNX file.
 """
 
 from __future__ import annotations
