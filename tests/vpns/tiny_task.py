@@ -50,6 +50,19 @@ def build(num_classes: int) -> nn.Module:
     return Tiny(num_classes)
 
 
+class Heavy(nn.Module):
+    """Takes 4 MiB, and as much again, for each image that it trains on."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 1024, 1)
+        self.fc = nn.Linear(1024, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.conv(x).exp().mean((2, 3)))
+        return logits
+
+
 def make_config(**changes: Any) -> RunConfig:
     """Settings of a tiny run, which does not last until a save is due."""
     settings: dict[str, Any] = {
