@@ -114,8 +114,9 @@ def main() -> None:
     if options.json is not None:
         from vpns_kernels.measure.fingerprint import fingerprint
 
-        about = {"model": options.model, "batch": options.batch, "size": options.size}
-        options.json.write_text(json.dumps(fingerprint() | about | {"rows": rows}, indent=1) + "\n")
+        about = {"fingerprint": fingerprint(), "model": options.model, "batch": options.batch}
+        report = about | {"size": options.size, "rows": rows}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

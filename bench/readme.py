@@ -39,6 +39,7 @@ def render() -> str:
     parts = [render_layers(path) for path in sorted(RESULTS.glob("ops-*.json"))]
     parts += [render_networks(path) for path in sorted(RESULTS.glob("demo-*.json"))]
     parts += [render_whole(path) for path in sorted(RESULTS.glob("networks-*.json"))]
+    parts += [render_memory(path) for path in sorted(RESULTS.glob("memory-*.json"))]
     parts += [render_training(path) for path in sorted(RESULTS.glob("train-*.json"))]
     return "\n\n".join(parts)
 
@@ -127,6 +128,16 @@ def _speedup(cell: dict[str, Any] | None) -> str:
         return "-"
     interval = f"{cell['speedup_low']:.1f} to {cell['speedup_high']:.1f}"
     return f"{cell['speedup']:.1f}x ({interval}), {cell['sparse_ms']:.1f} ms"
+
+
+def render_memory(path: Path) -> str:
+    """What each engine adds to a process."""
+    report = json.loads(path.read_text())
+    taken = ", ".join(f"{row['engine']} {row['added_mb']:.0f} MB" for row in report["rows"])
+    return (
+        f"Peak memory of {report['model']}, batch {report['batch']}, {report['size']} px, above that of the "
+        f"imports, ours at block:32x32 and density 0.1: {taken} ({_where(report['fingerprint'])}; {_link(path)})."
+    )
 
 
 def render_training(path: Path) -> str:
