@@ -136,7 +136,8 @@ def render_memory(path: Path) -> str:
     taken = ", ".join(f"{row['engine']} {row['added_mb']:.0f} MB" for row in report["rows"])
     return (
         f"Peak memory of {report['model']}, batch {report['batch']}, {report['size']} px, above that of the "
-        f"imports, ours at block:32x32 and density 0.1: {taken} ({_where(report['fingerprint'])}; {_link(path)})."
+        f"imports, ours at block:32x32 and density 0.1: {taken} "
+        f"({_where(report['fingerprint'])}; {_link(path)})."
     )
 
 
