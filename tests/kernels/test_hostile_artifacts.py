@@ -95,7 +95,8 @@ def plan_cases() -> dict[str, tuple[int, str, int, str]]:
     tensor = HEADER + STEP * len(made) + 64 * before
     return {
         "magic": (0, "<B", 0, "magic"),
-        "version": (8, "<I", 4, "version 3"),
+        "newer": (8, "<I", 4, r"version 3, got 4 \(newer"),
+        "older": (8, "<I", 2, r"version 3, got 2 \(older"),
         "steps": (12, "<I", 2**32 - 1, "tables"),
         "tensors": (16, "<I", 2**32 - 1, "tables"),
         "values": (20, "<I", 2**32 - 1, "tables"),

@@ -150,7 +150,8 @@ class _Reader:
         self._ends = _HEADER.unpack_from(self._bytes)[11:]
         self._steps, self._tensors, self._values = counts
         _expect(f"magic {_MAGIC!r}", magic == _MAGIC, magic)
-        _expect(f"version {_VERSION}", version == _VERSION, f"{version} (newer than this reader?)")
+        hint = "newer than this reader" if version > _VERSION else "older: compile and save it again"
+        _expect(f"version {_VERSION}", version == _VERSION, f"{version} ({hint})")
         _expect(f"a size of {len(self._bytes)}", size == len(self._bytes), size)
         self._values_start = _HEADER.size + _STEP.size * self._steps
         self._tensors_start = self._values_start + _VALUE.size * self._values
