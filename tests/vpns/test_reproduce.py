@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from vpns import cli
-from vpns.config import RunConfig
+from vpns.config import RunConfig, flatten
 from vpns.files import read_json, write_json
 from vpns.methods import Start, find_method
 from vpns.models import build_model
@@ -147,6 +149,22 @@ def test_an_experiment_runs_on_a_users_own_settings_from_one_command(
     if name == "exp2":
         assert [row["frame"] for row in content["table"]] == [1, 2, 3, 5]
         assert all(row["ms_per_update"] > 0 and row["peak_mib"] > 0 for row in content["table"])
+
+
+def test_an_experiment_without_settings_pretrains_one_network_for_all_its_runs(
+    tmp_path: Path, tiny_task: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = dict(flatten(yaml.safe_load(TINY)))
+    monkeypatch.setitem(EXPERIMENTS, "exp2", replace(EXPERIMENTS["exp2"], embedded=tiny))
+    options = ["--seeds=2", "--workers=2", "--threads=1", "--json=x.json"]
+    assert cli.main(["reproduce", "exp2", *options]) == 0
+    pretrained = Path("runs", "exp2", "pretrained")
+    for run in Path("runs", "exp2", "runs").iterdir():
+        assert read_json(run / "run.json")["config"]["model"]["weights"] == str(pretrained.resolve())
+    first = read_json(Path("x.json"))
+    assert cli.main(["reproduce", "exp2", *options]) == 0
+    assert read_json(Path("x.json")) == first
 
 
 def test_channels_are_compared_by_operations_and_time(tmp_path: Path, tiny_task: ModuleType) -> None:

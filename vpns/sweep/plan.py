@@ -16,6 +16,8 @@ from vpns.sweep.grid import Grid
 from vpns.sweep.job import Job
 
 _MANIFEST = "sweep.json"
+# What may lie in a sweep's folder before it is one: its lock, and the network that an experiment pretrains.
+_BEFORE = {"run.lock", "pretrained"}
 
 
 def open_sweep(folder: Path, grid: Grid, threads: int) -> int:
@@ -37,7 +39,7 @@ def open_sweep(folder: Path, grid: Grid, threads: int) -> int:
         begun = read_json(path)
         _check_same(folder, begun, grid)
         threads = int(begun["threads"])
-    elif folder.exists() and (others := sorted(p.name for p in folder.iterdir() if p.name != "run.lock")):
+    elif folder.exists() and (others := sorted({p.name for p in folder.iterdir()} - _BEFORE)):
         raise ValueError(
             f"sweep: expected an empty folder or one of a sweep, got {folder} with {others[0]} "
             "(take another: --folder)"
