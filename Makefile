@@ -13,11 +13,14 @@ CONSTRAINTS := -c $(if $(TORCH),constraints.txt,$(VENV)/own-torch.txt)
 demo: build
 	$(BIN)/vpns run runs/demo
 
+# GPU kernels are run in a process of their own: by a GPU, or without one by Triton's interpreter.
 test: build lint
 	$(BIN)/python -m pytest -m "not long"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not long" tests/gpu
 
 test-all: build lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu
 
 lint: build
 	$(BIN)/ruff check .

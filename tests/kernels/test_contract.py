@@ -133,6 +133,19 @@ def masked_conv2d_inputs(args: dict[str, Any]) -> tuple[Any, ...]:
     return (*tensors, args["pattern"].spec, g.stride, g.padding, g.dilation, g.groups)
 
 
+def sparse_conv2d_inputs(args: dict[str, Any]) -> tuple[Any, ...]:
+    """The schema's arguments without the backends."""
+    g, tensors = args["geometry"], (args[name] for name in ("x", "values", "layout", "bias"))
+    return (*tensors, g.weight_shape, g.stride, g.padding, g.dilation, g.groups)
+
+
+def sparse_conv2d_fused_inputs(args: dict[str, Any]) -> tuple[Any, ...]:
+    """The schema's arguments without the backend."""
+    x, values, layout, bias, *sizes = sparse_conv2d_inputs(args)
+    out_dtype = args["out_dtype"] or x.dtype
+    return (x, values, layout, bias, args.get("residual"), *sizes, args["act"], out_dtype)
+
+
 def can_run(op: Any, args: dict[str, Any], backend: str) -> bool:
     inputs = {
         "batch_norm_act": lambda: (args["x"], args["weight"], args["bias"], 1e-5, args["residual"], "none"),
@@ -151,8 +164,8 @@ def can_run(op: Any, args: dict[str, Any], backend: str) -> bool:
         "channel_mask": lambda: (args["x"], args["scores"], args["mask"]),
         "masked_conv2d": lambda: masked_conv2d_inputs(args),
         "select_threshold": lambda: (args["scores"], 1),
-        "sparse_conv2d": lambda: (args["x"], args["values"]),
-        "sparse_conv2d_fused": lambda: (args["x"], args["values"]),
+        "sparse_conv2d": lambda: sparse_conv2d_inputs(args),
+        "sparse_conv2d_fused": lambda: sparse_conv2d_fused_inputs(args),
     }
     return op.module(backend).why_not(*inputs[op.name]()) is None
 

@@ -1,0 +1,82 @@
+"""How is a kernel started? Through one door, where a compiler may stand instead of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of one kernel.
+
+    Args:
+        kernel: a function under triton.jit.
+        grid: programs along up to three axes.
+        args: by name; tensors, descriptors and ints, in the order of the kernel's parameters.
+        constants: its tl.constexpr parameters.
+        warps: of each program.
+        stages: loads that are under way while one is computed with.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+
+    def run(self) -> None:
+        """Start it on the device of its tensors, or hand it to who records."""
+        if 0 in self.grid:
+            return
+        if _recorders:
+            _recorders[-1](self)
+            return
+        of_data = (arg for arg in self.args.values() if isinstance(arg, Tensor | TensorDescriptor))
+        device = _device(next(of_data))
+        if device.type == "cpu":
+            self._start()
+        else:
+            with torch.cuda.device(device):
+                self._start()
+
+    def _start(self) -> None:
+        arguments = {**self.args, **self.constants}
+        self.kernel[self.grid](**arguments, num_warps=self.warps, num_stages=self.stages)
+
+
+_recorders: list[Callable[[Launch], None]] = []
+
+
+@contextmanager
+def recorded(take: Callable[[Launch], None]) -> Iterator[None]:
+    """Inside, launches are handed to `take` and not started: for compilation without a GPU."""
+    _recorders.append(take)
+    try:
+        yield
+    finally:
+        _recorders.pop()
+
+
+def describe(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
+    """A tensor whose boxes of `block` entries kernels load by coordinates; beyond its edges it is zero.
+
+    Its last axis is dense; the strides of the others are multiples of 16 bytes.
+    """
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How products of this type are taken: float32 as TF32 only where torch's convolutions may."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def _device(argument: Tensor | TensorDescriptor) -> torch.device:
+    return (argument.base if isinstance(argument, TensorDescriptor) else argument).device
