@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import schemas
+from vpns_kernels.ops._triton.backend import TritonBackend
 from vpns_kernels.ops.channel_mask import cpu, reference
 from vpns_kernels.ops.registry import call, register_op
 
 __all__ = ["channel_mask"]
 
-_OP = register_op("channel_mask", {"cpu": cpu, "reference": reference})
+_OP = register_op(
+    "channel_mask", {"cpu": cpu, "triton": TritonBackend("channel_mask"), "reference": reference}
+)
 
 
 def _dispatch_backward(*args: Any) -> Any:
@@ -33,7 +36,7 @@ def channel_mask(x: Tensor, scores: Tensor, mask: Tensor, backend: str = "auto")
         x: [N, C, ...]; float32, bfloat16, float16 or float64.
         scores: [C], of a floating dtype; only their signs count.
         mask: bool [C], True = kept.
-        backend: "cpu", "reference", or "auto" for the first that can.
+        backend: "cpu", "triton", "reference", or "auto" for the first that can.
 
     Returns:
         As x; channels_last where x is [N, C, H, W], else contiguous. What is masked is zero times x: NaN or
