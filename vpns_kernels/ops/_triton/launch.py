@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+_ALIGNMENT_BYTES = 16
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -37,7 +39,7 @@ class Launch:
         if 0 in self.grid:
             return
         if _recorders:
-            _recorders[-1](self)
+            _recorders[-1].take(self)
             return
         of_data = (arg for arg in self.args.values() if isinstance(arg, Tensor | TensorDescriptor))
         device = _device(next(of_data))
@@ -52,17 +54,34 @@ class Launch:
         self.kernel[self.grid](**arguments, num_warps=self.warps, num_stages=self.stages)
 
 
-_recorders: list[Callable[[Launch], None]] = []
+@dataclass(frozen=True)
+class _Recorder:
+    take: Callable[[Launch], None]
+    capability: int
+
+
+_recorders: list[_Recorder] = []
 
 
 @contextmanager
-def recorded(take: Callable[[Launch], None]) -> Iterator[None]:
-    """Inside, launches are handed to `take` and not started: for compilation without a GPU."""
-    _recorders.append(take)
+def recorded(take: Callable[[Launch], None], capability: int = 9) -> Iterator[None]:
+    """Inside, launches are handed to `take` and not started: for compilation without a GPU.
+
+    Args:
+        capability: major number of the compute capability of the GPU that is not there.
+    """
+    _recorders.append(_Recorder(take, capability))
     try:
         yield
     finally:
         _recorders.pop()
+
+
+def capability_of(device: torch.device) -> int:
+    """Major number of a device's compute capability; Hopper's 9 in the interpreter, which has no limits."""
+    if _recorders:
+        return _recorders[-1].capability
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def describe(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
@@ -70,7 +89,10 @@ def describe(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
 
     Its last axis is dense; the strides of the others are multiples of 16 bytes.
     """
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+    # Of an axis of one entry the stride is anybody's, yet a descriptor wants one that it could take.
+    legal = _ALIGNMENT_BYTES // tensor.element_size()
+    steps = [step if size > 1 else legal for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+    return TensorDescriptor(tensor, list(tensor.shape), [*steps[:-1], 1], list(block))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

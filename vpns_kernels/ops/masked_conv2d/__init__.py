@@ -14,13 +14,16 @@ from torch import Tensor
 
 from vpns_kernels import schemas
 from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.ops._triton.backend import TritonBackend
 from vpns_kernels.ops.masked_conv2d import cpu, reference
 from vpns_kernels.ops.registry import call, register_op
 from vpns_kernels.patterns import Pattern
 
 __all__ = ["masked_conv2d", "masked_linear"]
 
-_OP = register_op("masked_conv2d", {"cpu": cpu, "reference": reference})
+_OP = register_op(
+    "masked_conv2d", {"cpu": cpu, "triton": TritonBackend("masked_conv2d"), "reference": reference}
+)
 
 
 def _dispatch_backward(
@@ -55,8 +58,8 @@ def masked_conv2d(
         mask: bool, one entry per unit of the pattern (`pattern.units_shape(weight.shape)`), True = kept.
         scores: as mask, of a floating dtype; only their signs count.
         bias: [K] or None.
-        backend: "cpu", "reference", or "auto" for the first that can; one for all passes, or three: of
-            forward, of the gradient of x, of that of the scores.
+        backend: "cpu", "triton" (block masks on a GPU), "reference", or "auto" for the first that can; one
+            for all passes, or three: of forward, of the gradient of x, of that of the scores.
 
     Returns:
         [N, K, P, Q] in the dtype of x, channels_last. Where the weight is finite, NaN or infinity in x

@@ -10,12 +10,16 @@ from torch import Tensor
 
 from vpns_kernels import schemas
 from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.ops._triton.backend import TritonBackend
 from vpns_kernels.ops.registry import call, register_op
 from vpns_kernels.ops.sparse_conv2d import compact, cpu, reference
 
 __all__ = ["sparse_conv2d"]
 
-_OP = register_op("sparse_conv2d", {"cpu": cpu, "compact": compact, "reference": reference})
+_OP = register_op(
+    "sparse_conv2d",
+    {"cpu": cpu, "triton": TritonBackend("sparse_conv2d"), "compact": compact, "reference": reference},
+)
 
 
 def _dispatch_backward(
@@ -46,8 +50,9 @@ def sparse_conv2d(
         x: [N, C, H, W], any strides; float32, bfloat16, float16 or float64.
         values, layout: from `formats.pack`, in any of those types; float64 goes with float64 only.
         bias: [K] in the dtype of the values, or None.
-        backend: "cpu", "compact" (channel weights), "reference", or "auto" for the first that can; one for
-            all passes, or three: of forward, of the gradient of x, of that of the values.
+        backend: "cpu", "triton" (block weights on a GPU), "compact" (channel weights), "reference", or "auto"
+            for the first that can; one for all passes, or three: of forward, of the gradient of x, of that of
+            the values.
 
     Returns:
         [N, K, P, Q] in the dtype of x, channels_last. NaN or infinity in x reaches only outputs that a kept

@@ -11,12 +11,16 @@ from torch import Tensor
 from vpns_kernels import schemas
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._torch import ACTS
+from vpns_kernels.ops._triton.backend import TritonBackend
 from vpns_kernels.ops.registry import call, register_op
 from vpns_kernels.ops.sparse_conv2d_fused import compact, cpu, reference
 
 __all__ = ["check_inputs", "sparse_conv2d_fused"]
 
-_OP = register_op("sparse_conv2d_fused", {"cpu": cpu, "compact": compact, "reference": reference})
+_OP = register_op(
+    "sparse_conv2d_fused",
+    {"cpu": cpu, "triton": TritonBackend("sparse_conv2d_fused"), "compact": compact, "reference": reference},
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +44,8 @@ def sparse_conv2d_fused(
         residual: [N, K, P, Q] in the output's dtype, any strides, or None.
         act: "none", "relu" or "relu6".
         out_dtype: float32, bfloat16 or float16 (float64 for float64 inputs); x's own by default.
-        backend: "cpu", "compact" (channel weights), "reference", or "auto" for the first that can.
+        backend: "cpu", "triton" (block weights on a GPU), "compact" (channel weights), "reference", or "auto"
+            for the first that can.
 
     Returns:
         [N, K, P, Q], channels_last. NaN or infinity in x reaches only outputs that a kept weight (of block

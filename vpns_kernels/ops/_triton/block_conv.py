@@ -1,0 +1,235 @@
+"""How does a block-sparse convolution run? As products of pixel tiles with the kept blocks, summed by lists.
+
+    y[m, o] = Σ over the entries (shift, i, v) of output block o:  x[m + shift, i] · w[v]
+
+One program owns a box of output pixels × one output block and keeps its float32 sums in registers. For each
+kept block it loads the box, shifted by the block's tap, and the block's weights, both by descriptors: a shift
+is a coordinate, and what lies beyond the image reads as zero, which is the padding. No pixel is copied first.
+The input's gradient is the same kernel on the lists of the transposed weight. Where the stride is 2, the
+forward pass reads one of four classes of pixels for each tap, and the gradient writes one (taps.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vpns_kernels.geometry import ConvGeometry, Pair
+from vpns_kernels.ops._triton.block_lists import BlockLists
+from vpns_kernels.ops._triton.launch import Launch, capability_of, describe, dot_precision
+from vpns_kernels.ops._triton.rows import as_rows, split_classes
+from vpns_kernels.ops._triton.tiles import pick_tiles
+
+_ACTS = {"none": 0, "relu": 1, "relu6": 2}
+# Descriptors that the kernel has room for: the classes of a stride of 2.
+_MOST_CLASSES = 4
+
+
+@dataclass(frozen=True)
+class BlockWeight:
+    """Blocks [bk, bc] where kernels find them.
+
+    Args:
+        blocks: [count, bk, bc], a block by its number; or [R · S, K, C], the number being the tap.
+        block: bk, bc.
+        is_packed: which of the two.
+    """
+
+    blocks: Tensor
+    block: Pair
+    is_packed: bool
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the sums: act(sums + bias + residual).
+
+    Args:
+        residual: [N, K, P, Q], channels_last, or None.
+    """
+
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    act: str = "none"
+
+
+def convolve(
+    x: Tensor, weight: BlockWeight, lists: BlockLists, geometry: ConvGeometry, y: Tensor, epilogue: Epilogue
+) -> None:
+    """Write y [N, K, P, Q], channels_last, from x [N, C, H, W] in the dtype of the weight."""
+    sources = split_classes(as_rows(x, geometry.stride), geometry.stride)
+    _start(sources, weight, lists, y, (1, 1), False, epilogue)
+
+
+def input_gradient(
+    grad: Tensor, weight: BlockWeight, lists: BlockLists, geometry: ConvGeometry, grad_x: Tensor
+) -> None:
+    """Write grad_x [N, C, H, W], channels_last, from grad [N, K, P, Q]; the lists are the transposed ones."""
+    _start([as_rows(grad)], weight, lists, grad_x, geometry.stride, True, Epilogue())
+
+
+def _start(
+    sources: list[Tensor],
+    weight: BlockWeight,
+    lists: BlockLists,
+    target: Tensor,
+    steps: Pair,
+    is_transposed: bool,
+    epilogue: Epilogue,
+) -> None:
+    """The kernel over the target's pixels; those of a class are `steps` apart."""
+    N, K, P, Q = target.shape
+    bk, bc = weight.block
+    block = (bc, bk) if is_transposed else (bk, bc)
+    if target.numel() == 0:
+        return
+    sizes = (N, -(-P // steps[0]), -(-Q // steps[1]))
+    dtype = sources[0].dtype
+    tiles = pick_tiles(sizes, block, dtype, capability_of(target.device))
+    box = tiles.pixels
+    described = [describe(x, (box.images, box.rows, box.columns, block[1])) for x in sources]
+    residual = epilogue.residual
+    args = {f"x_{i}": described[min(i, len(described) - 1)] for i in range(_MOST_CLASSES)}
+    args |= {
+        "w": describe(weight.blocks, (1, *weight.block)),
+        "y_ptr": target,
+        "bias_ptr": target if epilogue.bias is None else epilogue.bias,
+        "residual_ptr": target if residual is None else residual,
+        "starts_ptr": lists.starts,
+        "entries_ptr": lists.entries,
+        "order_ptr": lists.order,
+        "outputs": lists.order.numel(),
+        "N": N,
+        "P": P,
+        "Q": Q,
+        "K": K,
+        **_strides("y", target),
+        **_strides("r", target if residual is None else residual),
+    }
+    constants = {
+        "READ_CLASSES": len(sources),
+        "STEP_P": steps[0],
+        "STEP_Q": steps[1],
+        "BLOCK_N": box.images,
+        "BLOCK_P": box.rows,
+        "BLOCK_Q": box.columns,
+        "BLOCK_OUT": block[0],
+        "BLOCK_IN": block[1],
+        "IS_TRANSPOSED": is_transposed,
+        "IS_PACKED": weight.is_packed,
+        "HAS_BIAS": epilogue.bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "ACT": _ACTS[epilogue.act],
+        "PRECISION": dot_precision(dtype),
+    }
+    grid = (box.count(*sizes) * lists.order.numel(), steps[0] * steps[1])
+    Launch(_convolve_kernel, grid, args, constants, tiles.warps, tiles.stages).run()
+
+
+def _strides(name: str, activation: Tensor) -> dict[str, int]:
+    """Of images, rows and columns of a channels_last activation, as kernels name them."""
+    n, _, p, q = activation.stride()
+    return {f"stride_{name}n": n, f"stride_{name}p": p, f"stride_{name}q": q}
+
+
+@triton.jit
+def _convolve_kernel(
+    x_0,
+    x_1,
+    x_2,
+    x_3,
+    w,
+    y_ptr,
+    bias_ptr,
+    residual_ptr,
+    starts_ptr,
+    entries_ptr,
+    order_ptr,
+    outputs,
+    N,
+    P,
+    Q,
+    K,
+    stride_yn,
+    stride_yp,
+    stride_yq,
+    stride_rn,
+    stride_rp,
+    stride_rq,
+    READ_CLASSES: tl.constexpr,
+    STEP_P: tl.constexpr,
+    STEP_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Programs: (pixel box × output block, the latter inside and longest first; class of pixels written)."""
+    PIXELS: tl.constexpr = BLOCK_N * BLOCK_P * BLOCK_Q
+    LISTS: tl.constexpr = READ_CLASSES * STEP_P * STEP_Q + 1
+    phase_p, phase_q = tl.program_id(1) // STEP_Q, tl.program_id(1) % STEP_Q
+    rows, columns = tl.cdiv(P - phase_p, STEP_P), tl.cdiv(Q - phase_q, STEP_Q)
+    out = tl.load(order_ptr + tl.program_id(0) % outputs)
+    box = tl.program_id(0) // outputs
+    # Boxes are counted as for the first class, the largest.
+    boxes_q, boxes_p = tl.cdiv(tl.cdiv(Q, STEP_Q), BLOCK_Q), tl.cdiv(tl.cdiv(P, STEP_P), BLOCK_P)
+    q0 = box % boxes_q * BLOCK_Q
+    p0 = box // boxes_q % boxes_p * BLOCK_P
+    n0 = box // (boxes_q * boxes_p) * BLOCK_N
+
+    acc = tl.zeros((PIXELS, BLOCK_OUT), dtype=tl.float32)
+    sources = (x_0, x_1, x_2, x_3)
+    for cls in tl.static_range(READ_CLASSES):
+        list_ptr = starts_ptr + out * LISTS + cls + tl.program_id(1)
+        begin, end = tl.load(list_ptr), tl.load(list_ptr + 1)
+        # One ahead: a load whose place another load of the same round tells would not be under way early.
+        entry = tl.load(entries_ptr + begin)
+        for i in range(begin, end):
+            following = tl.load(entries_ptr + i + 1)
+            shift_p, shift_q = (entry & 0xFF).to(tl.int32) - 128, (entry >> 8 & 0xFF).to(tl.int32) - 128
+            channels = (entry >> 16 & 0xFFFF).to(tl.int32)
+            value = (entry >> 32).to(tl.int32)
+            x = sources[cls].load([n0, p0 + shift_p, q0 + shift_q, channels * BLOCK_IN])
+            x = x.reshape(PIXELS, BLOCK_IN)
+            if IS_TRANSPOSED:
+                at_k, at_c = channels * BLOCK_IN, out * BLOCK_OUT
+            else:
+                at_k, at_c = out * BLOCK_OUT, channels * BLOCK_IN
+            if IS_PACKED:
+                at_k, at_c = 0, 0
+            block = w.load([value, at_k, at_c])
+            if IS_TRANSPOSED:
+                acc = tl.dot(x, block.reshape(BLOCK_IN, BLOCK_OUT), acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(x, block.reshape(BLOCK_OUT, BLOCK_IN).T, acc, input_precision=PRECISION)
+            entry = following
+
+    pixel = tl.arange(0, PIXELS)
+    n = n0 + pixel // (BLOCK_P * BLOCK_Q)
+    p = p0 + pixel // BLOCK_Q % BLOCK_P
+    q = q0 + pixel % BLOCK_Q
+    k = out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    mask = ((n < N) & (p < rows) & (q < columns))[:, None] & (k < K)[None, :]
+    n, p, q = n.to(tl.int64), p * STEP_P + phase_p, q * STEP_Q + phase_q
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + k, mask=k < K, other=0).to(tl.float32)[None, :]
+    if HAS_RESIDUAL:
+        offs_r = (n * stride_rn + p * stride_rp + q * stride_rq)[:, None] + k[None, :]
+        acc += tl.load(residual_ptr + offs_r, mask=mask, other=0).to(tl.float32)
+    if ACT > 0:
+        # A NaN stays one, as in torch.
+        acc = tl.where(acc < 0, 0.0, acc)
+    if ACT > 1:
+        acc = tl.where(acc > 6, 6.0, acc)
+    offs_y = (n * stride_yn + p * stride_yp + q * stride_yq)[:, None] + k[None, :]
+    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)

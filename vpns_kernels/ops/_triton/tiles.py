@@ -1,0 +1,98 @@
+"""How large are the pieces that programs work on? Pure functions of sizes, dtype and the device's limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+# Bytes of shared memory that a program may take, by compute capability; A100's where nothing else is known.
+_SHARED_BYTES = {8: 160 * 1024, 9: 220 * 1024}
+_MOST_STAGES = 5
+# Four for each multiprocessor of an H200.
+_PROGRAMS = 4 * 132
+# Fewer would cost more to sum up than to compute.
+_LEAST_BOXES = 8
+
+
+@dataclass(frozen=True)
+class PixelTile:
+    """A box of output pixels: images, rows, columns, each a power of two."""
+
+    images: int
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        return self.images * self.rows * self.columns
+
+    def count(self, N: int, P: int, Q: int) -> int:
+        """Boxes that cover N images of P × Q pixels."""
+        return -(-N // self.images) * -(-P // self.rows) * -(-Q // self.columns)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What one program computes, and with how much."""
+
+    pixels: PixelTile
+    warps: int
+    stages: int
+
+
+def pick_tiles(
+    sizes: tuple[int, int, int], block: tuple[int, int], dtype: torch.dtype, capability: int
+) -> Tiles:
+    """Tiles of the forward pass and of the input's gradient.
+
+    Args:
+        sizes: N, P, Q of what is written (of a class of it).
+        block: channels of an output and of an input block.
+        capability: major number of the device's compute capability.
+    """
+    # Float32 takes twice the memory, and in full precision far more registers.
+    most = 128 if dtype.itemsize == 2 else 64
+    # Products of a warp group have 64 rows; fewer would leave lanes idle.
+    pixels = pick_pixels(sizes, most, least=64)
+    stage_bytes = (pixels.size + block[0]) * block[1] * dtype.itemsize
+    warps = 8 if pixels.size * block[0] > 64 * 128 else 4
+    return Tiles(pixels, warps, pick_stages(stage_bytes, capability))
+
+
+def pick_pixels(sizes: tuple[int, int, int], most: int, least: int) -> PixelTile:
+    """The box of `least` to `most` pixels that covers the output with the fewest pixels beyond its edges.
+
+    Among equals the largest, then the one with the longest rows: what neighbours read lies near.
+    """
+    powers = [1 << i for i in range(most.bit_length())]
+    boxes = [PixelTile(n, p, q) for n, p, q in product(powers, repeat=3) if least <= n * p * q <= most]
+    return min(boxes, key=lambda box: (box.count(*sizes) * box.size, -box.size, -box.columns, -box.rows))
+
+
+def pick_stages(stage_bytes: int, capability: int) -> int:
+    """Loads under way: as many as fit in shared memory, at least two."""
+    room = _SHARED_BYTES.get(capability, _SHARED_BYTES[8])
+    return max(2, min(_MOST_STAGES, room // stage_bytes))
+
+
+def pick_gradient_tiles(
+    sizes: tuple[int, int, int], tile: tuple[int, int], dtype: torch.dtype, capability: int
+) -> Tiles:
+    """Tiles of the weights' and scores' gradients: how many pixels a program sums at a time.
+
+    Args:
+        sizes: N, P, Q of the output's gradient.
+        tile: filters and channels of a program.
+    """
+    pixels = pick_pixels(sizes, 64 if dtype.itemsize == 2 else 32, least=16)
+    stage_bytes = pixels.size * (tile[0] + tile[1]) * dtype.itemsize
+    warps = 8 if tile[0] * tile[1] > 64 * 128 else 4
+    return Tiles(pixels, warps, pick_stages(stage_bytes, capability))
+
+
+def pick_split(programs: int, boxes: int) -> int:
+    """Shares of the pixels: enough programs for a few waves, each with some boxes to sum."""
+    wanted = -(-_PROGRAMS // max(1, programs))
+    return max(1, min(wanted, boxes // _LEAST_BOXES))
