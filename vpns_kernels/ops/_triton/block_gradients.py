@@ -3,8 +3,8 @@
     dw[b] = Σ over pixels m:  dy[m, k]ᵀ · x[m + shift, c]     for a block b (k, c, a tap)
 
 A program owns a block (for scores, a tile of blocks that share a tap) and a share of the pixels; both
-operands are boxes read by descriptors, as in block_conv.py. Shares are summed afterwards, in one order. Scores need of
-each block only Σ w · dw: one number leaves the kernel, and no dense gradient exists.
+operands are boxes read by descriptors, as in block_conv.py. Shares are summed afterwards, in one order.
+Scores need of each block only Σ w · dw: one number leaves the kernel, and no dense gradient exists.
 """
 
 from __future__ import annotations
