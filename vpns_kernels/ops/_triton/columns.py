@@ -18,7 +18,7 @@ from vpns_kernels.ops._triton.launch import Launch
 
 # Programs that fill the largest GPU, and tiles below which a program is not worth its start.
 _PROGRAMS = 512
-_TILES_PER_SPLIT = 4
+_TILES_PER_SPLIT = 8
 _TILE = 4096
 
 

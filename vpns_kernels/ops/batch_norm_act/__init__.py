@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import schemas
+from vpns_kernels.ops._triton.backend import TritonBackend
 from vpns_kernels.ops.batch_norm_act import cpu, reference
 from vpns_kernels.ops.registry import call, register_op
 
 __all__ = ["batch_norm_act"]
 
 ACTIVATIONS = ("none", "relu", "relu6")
-_OP = register_op("batch_norm_act", {"cpu": cpu, "reference": reference})
+_OP = register_op(
+    "batch_norm_act", {"cpu": cpu, "triton": TritonBackend("batch_norm_act"), "reference": reference}
+)
 
 
 def _dispatch_backward(*args: Any) -> Any:
