@@ -36,12 +36,13 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Sizes:
-    """The network and what it sees, in pixels."""
+    """The network, what it sees, in pixels, and where it is."""
 
     model: str = "resnet18"
     canvas: int = 224
     frame: int = 16
     source_classes: int = 1000
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def build_loop(arm: Arm, cell: Cell, sizes: Sizes, folder: Path) -> Loop:
     """Iterations of an arm, ready to run; its settings and choices are kept in the folder."""
     config = make_config(arm, cell, sizes)
     context = Context(folder / arm.name.replace("/", "-"), config)
-    context.images = _make_noise(2 * cell.batch, config.seed, sizes.canvas)
+    context.images = _make_noise(2 * cell.batch, config.seed, sizes)
     context.stage_folder(cell.stage).mkdir(parents=True, exist_ok=True)
     network = build_model(config.model, config.model.source_classes, config.seed)
     return (_build_ours if arm.who == "ours" else _build_published)(arm, cell, sizes, context, network)
@@ -107,14 +108,16 @@ def make_config(arm: Arm, cell: Cell, sizes: Sizes) -> RunConfig:
         search=SearchConfig(**settings, lr=1e-4, prompt_lr=1e-4),
         tune=TuneConfig(**settings, lr=1e-3),
         dtype=arm.dtype,
+        device=sizes.device,
     )
 
 
-def _make_noise(count: int, seed: int, canvas: int) -> ImageSet:
+def _make_noise(count: int, seed: int, sizes: Sizes) -> ImageSet:
     """What images show does not matter for their cost."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(256, (count, 3, canvas, canvas), generator=generator, dtype=torch.uint8)
-    split = Split(images, torch.arange(count) % CLASSES)
+    shape = (count, 3, sizes.canvas, sizes.canvas)
+    images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    split = Split(images, torch.arange(count) % CLASSES).to(sizes.device)
     return ImageSet(split, split, split, tuple("0123456789"))
 
 
@@ -195,7 +198,8 @@ class _Watched:
 
 def _build_ours(arm: Arm, cell: Cell, sizes: Sizes, context: Context, network: nn.Module) -> Loop:
     config, pattern = context.config, parse_pattern(arm.pattern)
-    network = attach_masks(network, pattern, start_scores(network, pattern, arm.start, config.seed))
+    scores = start_scores(network, pattern, arm.start, config.seed)
+    network = attach_masks(network, pattern, scores).to(context.device)
     masked, rule = network, "published" if cell.variant == "released" else "exact"
 
     def follow_scores() -> None:
@@ -206,6 +210,7 @@ def _build_ours(arm: Arm, cell: Cell, sizes: Sizes, context: Context, network: n
     is_search = cell.stage == "search"
     if not is_search:
         network = sparsify(freeze(masked), weight_masks(masked), pattern).requires_grad_(True)
+        network = network.to(context.device)
     prompt = make_prompt(context)
     settings = config.search if is_search else config.tune
     main = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -218,6 +223,7 @@ def _build_ours(arm: Arm, cell: Cell, sizes: Sizes, context: Context, network: n
 def _build_published(arm: Arm, cell: Cell, sizes: Sizes, context: Context, network: nn.Module) -> Loop:
     dtype, is_compiled = getattr(torch, arm.dtype), arm.who == "torch.compile"
     canvas, frame = sizes.canvas, sizes.frame
+    network = network.to(context.device)
     found = publish(network, cell.stage, cell.variant, canvas, frame, arm.density, dtype, is_compiled)
     follow = found.threshold.update if found.threshold is not None else lambda: None
     learner = Learner(found.predictor, _label_map(sizes), found.optimizer, follow)  # type: ignore[arg-type]
@@ -239,4 +245,5 @@ def _rank(weight: Tensor) -> Tensor:
 
 
 def _label_map(sizes: Sizes) -> LabelMap:
-    return LabelMap(identity_map(sizes.source_classes, min(CLASSES, sizes.source_classes)))
+    label_map = LabelMap(identity_map(sizes.source_classes, min(CLASSES, sizes.source_classes)))
+    return label_map.to(sizes.device)

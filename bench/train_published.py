@@ -61,7 +61,7 @@ def publish(
     learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
     # Of whole iterations only a batch's size differs; a compiler that allowed for others would be slower.
     forward = torch.compile(network, dynamic=False) if is_compiled else network
-    predictor = PublishedPredictor(forward, variant, canvas, frame, dtype)
+    predictor = PublishedPredictor(forward, variant, canvas, frame, dtype).to(threshold.tau.device)
     if is_search:
         pair: list[Optimizer] = [Adam(p, lr=1e-4, weight_decay=1e-4) for p in (learned, [predictor.prompt])]
     else:
@@ -112,8 +112,8 @@ class Threshold:
 
     def __init__(self, network: nn.Module, density: float) -> None:
         self.density = density
-        self.tau = torch.zeros(())
         self.layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        self.tau = torch.zeros((), device=self.layers[0].weight.device)
         for layer in self.layers:
             weight = layer.weight.detach()
             if weight.dim() == 4:
@@ -155,7 +155,7 @@ class PublishedPredictor(nn.Module):
             images, self.prompt if prompted else None, self.frame_mask, self.variant, self.frame
         )
         x = ((canvas - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             logits: Tensor = self.network(x)
         return logits.float()
 

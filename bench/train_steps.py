@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bench.train_loops import Arm, Cell, Loop, Sizes, build_loop
+from vpns_kernels.measure.gpu import clock_of
 from vpns_kernels.measure.timing import Laps, Sample, add_up, compare, interleave_phases
 
 Row = dict[str, Any]
@@ -32,11 +33,13 @@ def bench_iterations(cell: Cell, arms: Sequence[Arm], sizes: Sizes, rounds: int)
                     stopped[arm.name] = f"torch.compile stopped: {' '.join(str(error).split())[:200]}"
                     continue
             loops[arm.name] = loop
-        samples = interleave_phases(loops, rounds)
+        samples = interleave_phases(loops, rounds, clock=clock_of(torch.device(sizes.device)))
     totals = {name: add_up(phases) for name, phases in samples.items()}
     rows = []
     for arm in arms:
-        row: Row = asdict(cell) | asdict(arm) | {"arm": arm.name, "canvas": sizes.canvas}
+        row: Row = (
+            asdict(cell) | asdict(arm) | {"arm": arm.name, "canvas": sizes.canvas, "model": sizes.model}
+        )
         if arm.name in stopped:
             rows.append(row | {"why_not": stopped[arm.name], "iteration": None})
             continue

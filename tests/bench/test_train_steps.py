@@ -98,6 +98,7 @@ def test_iterations_are_the_trainers_own_and_mark_their_phases(stage: str, varia
     for row in rows:
         assert set(row["phases"]) == {"batch", "forward", "backward", "optimizer", "refresh"}
         assert row["updates"] == (2 if variant == "released" else 1)
+        assert row["model"] == SIZES.model
         whole = row["iteration"]["median_ms"]
         assert row["ms_per_image"] == pytest.approx(whole / (4 * row["updates"]))
         assert set(row["ratios"]) == ({"torch float32", "torch bfloat16"} if row["who"] == "ours" else set())

@@ -1,0 +1,133 @@
+"""How is work on a GPU recorded and played again? As CUDA graphs, one for each batch size.
+
+A graph reads and writes where it was recorded: images are copied in, results out. All of them run on one
+stream of their own, one after the other, whoever calls: so they may share what lies between.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+_Result = TypeVar("_Result")
+# Kernels are compiled, chosen and given their memory by the first calls.
+_WARM_UP = 3
+# Graphs that are kept: each holds the activations of its batch size.
+LIMIT = 8
+
+
+class Recorder(Protocol):
+    """What records work; a test's may do so without a GPU."""
+
+    def record(self, work: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]]:
+        """What the work returned, and what does it again, with the same tensors."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Inside, work comes after the caller's own so far, and before what the caller does next."""
+
+    def hand_over(self, tensor: Tensor) -> Tensor:
+        """A tensor that was made inside a turn, for the caller's stream."""
+
+
+class CudaRecorder:
+    """CUDA graphs of one device, on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._caller = torch.cuda.current_stream(device)
+        self._pool: Any = None
+
+    def record(self, work: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]]:
+        """As Recorder; RuntimeError where the work waits for the host."""
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UP):
+                work()
+            self._stream.synchronize()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            finally:
+                graph.capture_end()
+        self._pool = graph.pool()
+        return result, graph.replay
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """As Recorder."""
+        caller = self._caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
+        with torch.cuda.stream(self._stream):
+            yield
+        caller.wait_stream(self._stream)
+
+    def hand_over(self, tensor: Tensor) -> Tensor:
+        """As Recorder."""
+        tensor.record_stream(self._caller)
+        return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Recording:
+    x: Tensor
+    y: Tensor
+    replay: Callable[[], None]
+
+
+class GraphRunner:
+    """Runs a function of images [N, ...], recorded at the first call with each N.
+
+    Args:
+        function: gives a tensor for images of one size and dtype, and always does the same.
+        like: images, of whose dtype, device and size (but N) the recorded ones are.
+        limit: the least recently used recording goes where there would be more.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], like: Tensor, recorder: Recorder, limit: int = LIMIT
+    ) -> None:
+        if limit < 1:
+            raise ValueError(f"GraphRunner: expected a limit of at least 1, got {limit}")
+        self._function, self._like, self._recorder, self._limit = function, like, recorder, limit
+        self._recordings: OrderedDict[int, _Recording] = OrderedDict()
+        self._lock = Lock()
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Of what is recorded, the least recently used first."""
+        return list(self._recordings)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the function gives for x, in memory of its own."""
+        with self._lock, self._recorder.turn():
+            recording = self._find(x)
+            recording.x.copy_(x)
+            recording.replay()
+            return self._recorder.hand_over(recording.y.clone())
+
+    def _find(self, x: Tensor) -> _Recording:
+        found = self._recordings.get(len(x))
+        if found is None:
+            while len(self._recordings) >= self._limit:
+                self._recordings.popitem(last=False)
+            images = torch.empty(
+                (len(x), *self._like.shape[1:]),
+                dtype=self._like.dtype,
+                device=self._like.device,
+                memory_format=torch.channels_last if self._like.dim() == 4 else torch.contiguous_format,
+            )
+            # Not what memory happened to hold: the first calls run with it.
+            images.copy_(x)
+            y, replay = self._recorder.record(lambda: self._function(images))
+            found = self._recordings[len(x)] = _Recording(images, y, replay)
+        self._recordings.move_to_end(len(x))
+        return found
