@@ -8,12 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vpns_kernels.ops._triton.backend import TritonBackend
 from vpns_kernels.ops.registry import call, register_op
 from vpns_kernels.ops.select_threshold import cpu, cuda, reference
 
 __all__ = ["select_threshold"]
 
-_OP = register_op("select_threshold", {"cpu": cpu, "cuda": cuda, "reference": reference})
+_OP = register_op(
+    "select_threshold",
+    {"cpu": cpu, "cuda": cuda, "triton": TritonBackend("select_threshold"), "reference": reference},
+)
 
 
 def select_threshold(
