@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from vpns_kernels import native
 from vpns_kernels.engine.drafts import Lowered
 from vpns_kernels.engine.engine import Engine
+from vpns_kernels.engine.gpu import GpuEngine
+from vpns_kernels.engine.gpu_compile import choose_kernels, device_dtype
 from vpns_kernels.engine.lower import lower
 from vpns_kernels.engine.report import StepReport
 from vpns_kernels.engine.select import draft_plan
@@ -31,7 +33,7 @@ _CLEARLY = 0.97
 def compile(
     model: nn.Module, example_input: Tensor, dtype: DType | torch.dtype = "auto", threads: int | None = None
 ) -> Engine:
-    """Compile a pruned (or dense) network for this machine.
+    """Compile a pruned (or dense) network for this machine: for the CPU, or the GPU that the example is on.
 
     The network is traced; batch norms, residuals and activations become part of the layers before them; each
     layer is packed by the pattern that its mask, or its zeros, obey. Then it is timed with and without what
@@ -42,10 +44,11 @@ def compile(
         model: any nn.Module in evaluation mode that takes one batch of images; masked networks, networks with
             sparse layers, and plain ones pruned by any tool, whose zeros are their mask.
         example_input: [N, C, H, W]. Height and width are fixed by it; the batch size is not, but what is
-            chosen serves batches of this size best.
-        dtype: of activations and weights inside; "auto" takes bfloat16 where the CPU multiplies it natively.
-            Sums are float32.
-        threads: of each call; torch's number by default.
+            chosen serves batches of this size best. On a GPU the engine is for that GPU, wherever the model
+            is: dense layers run by cuDNN, and each batch size is recorded once, as a CUDA graph.
+        dtype: of activations and weights inside; "auto" takes bfloat16 where the machine multiplies it
+            natively. Sums are float32.
+        threads: of each call; torch's number by default; not for a GPU.
 
     Raises:
         ValueError, TypeError: a model in training mode, another input.
@@ -61,11 +64,17 @@ def compile(
         torch.Size([5, 4])
     """
     _check_input(example_input)
-    chosen = _dtype(dtype)
+    device = example_input.device
+    if device.type != "cpu" and threads is not None:
+        raise ValueError(f"compile: expected no threads for {device}, got {threads}")
+    chosen = _dtype(dtype, device)
     example = example_input.detach().float()
     traced = trace_network(model, example)
     lowered = lower(traced)
     _cast_programs(lowered, chosen, example)
+    if device.type != "cpu":
+        notes = {program.name: program.note for program in lowered.programs}
+        return choose_kernels(draft_plan(lowered, chosen, {}), lowered.programs, device, example, notes)
     threads_now = threads or torch.get_num_threads()
     rivals = _Rivals(lowered, chosen, threads)
     best: _Timed | None = None
@@ -91,7 +100,11 @@ def _cast_programs(lowered: Lowered, dtype: torch.dtype, example: Tensor) -> Non
         return
     cast = [program.cast(dtype) for program in lowered.programs]
     try:
-        Engine(draft_plan(lowered, dtype, {}), programs=cast)(example[:1])
+        plan = draft_plan(lowered, dtype, {})
+        if example.device.type == "cpu":
+            Engine(plan, programs=cast)(example[:1])
+        else:
+            GpuEngine(plan, example.device, programs=cast, is_recorded=False)(example[:1])
     except RuntimeError as error:
         why = f"in float32, as torch has not all of it in {str(dtype)[6:]}: {str(error).splitlines()[0]}"
         cast = [replace(program, note=f"{program.note} ({why})") for program in lowered.programs]
@@ -182,8 +195,10 @@ class _Rivals:
         return sparse, dense
 
 
-def _dtype(dtype: DType | torch.dtype) -> torch.dtype:
+def _dtype(dtype: DType | torch.dtype, device: torch.device) -> torch.dtype:
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto" and device.type != "cpu":
+        return device_dtype(device)
     if dtype == "auto":
         has = native.has_isa("avx512_bf16") or native.has_isa("amx")
         return torch.bfloat16 if has else torch.float32
@@ -202,7 +217,5 @@ def _check_input(example: Tensor) -> None:
             "compile: expected a floating example_input [N, C, H, W], "
             f"got {example.dtype} {list(example.shape)}"
         )
-    if example.device.type != "cpu":
-        raise ValueError(
-            f"compile: expected example_input on the CPU, got {example.device} (GPU networks: use torch)"
-        )
+    if example.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"compile: expected example_input on the CPU or a GPU, got {example.device}")

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import native
-from vpns_kernels.engine.artifact import read_artifact, write_artifact
-from vpns_kernels.engine.files import ArtifactError
-from vpns_kernels.engine.parts import make_parts
+from vpns_kernels.engine.artifact import write_artifact
+from vpns_kernels.engine.parts import EnginePart, make_parts
 from vpns_kernels.engine.plan import Plan
 from vpns_kernels.engine.plan_file import encode_plan
 from vpns_kernels.engine.programs import (
     TorchProgram,
     describe_program,
     export_program,
-    open_program,
 )
 from vpns_kernels.engine.report import EngineReport, StepReport
 from vpns_kernels.ops._cpu.prepared import DTYPE_NAMES
@@ -31,7 +29,7 @@ _EXPORT_IMAGES = 3
 
 
 class Engine:
-    """A compiled network; any number of threads may call it at once.
+    """A compiled network on the CPU (on a GPU: gpu.py); any number of threads may call it at once.
 
     Args:
         plan: what it runs.
@@ -42,6 +40,8 @@ class Engine:
         programs: what is left to torch.
     """
 
+    device = torch.device("cpu")
+
     def __init__(
         self,
         plan: Plan,
@@ -51,9 +51,8 @@ class Engine:
         programs: Sequence[TorchProgram] = (),
     ) -> None:
         self.plan, self.reports, self.threads = plan, tuple(reports), threads
-        self._data = _encode(plan) if data is None else data
         self.programs = tuple(programs)
-        self._parts = make_parts(plan, self._data, self.programs)
+        self._parts = self._make_parts(data)
         self._lock = Lock()
         self._idle: list[Any] = []  # contexts that no call uses
 
@@ -90,7 +89,7 @@ class Engine:
                 notes.append(
                     f"{report.name}: compiled for {report.kernel}, which this CPU has not; {kernel} runs it"
                 )
-        found = EngineReport(self.plan, self.reports, self.threads or torch.get_num_threads(), tuple(notes))
+        found = EngineReport(self.plan, self.reports, self._describe_workers(), tuple(notes))
         if not quiet:
             print(found)
         return found
@@ -119,11 +118,11 @@ class Engine:
         """What is left to torch, as torch.export stores it; ValueError where it cannot."""
         assert self.plan.input is not None
         size = self.plan.values[self.plan.input]
-        images = torch.randn(_EXPORT_IMAGES, size.channels, size.height, size.width)
+        images = torch.randn(_EXPORT_IMAGES, size.channels, size.height, size.width, device=self.device)
         one, more = self._run(images[:1], None), self._run(images, None)
         stored = []
         for program in self.programs:
-            example, other = ([port.fit(t[port.value]) for port in program.reads] for t in (more, one))
+            example, other = ([port.fit(t[port.value].cpu()) for port in program.reads] for t in (more, one))
             stored.append(export_program(program, example, other))
         return stored
 
@@ -136,16 +135,7 @@ class Engine:
     def _run(self, x: Tensor, seconds: Tensor | None) -> dict[int, Tensor]:
         """All values that parts have left, by their index."""
         assert self.plan.input is not None
-        sizes = self.plan.values[self.plan.input]
-        if not isinstance(x, Tensor) or x.dtype not in DTYPE_NAMES or x.dtype == torch.float64:
-            raise TypeError(
-                f"Engine: expected float32, bfloat16 or float16, got {getattr(x, 'dtype', type(x))}"
-            )
-        if x.device.type != "cpu":
-            raise TypeError(f"Engine: expected a tensor on the CPU, got one on {x.device}")
-        expected = (sizes.channels, sizes.height, sizes.width)
-        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
-            raise ValueError(f"Engine: expected x [N, {', '.join(map(str, expected))}], got {list(x.shape)}")
+        self._check_images(x)
         tensors = {self.plan.input: x.detach()}
         threads = self.threads or torch.get_num_threads()
         context = self._borrow()
@@ -156,6 +146,28 @@ class Engine:
             with self._lock:
                 self._idle.append(context)
         return tensors
+
+    def _make_parts(self, data: Tensor | None) -> list[EnginePart]:
+        # It must outlive the parts.
+        self._data = _encode(self.plan) if data is None else data
+        return make_parts(self.plan, self._data, self.programs)
+
+    def _describe_workers(self) -> str:
+        return f"{self.threads or torch.get_num_threads()} threads"
+
+    def _check_images(self, x: Tensor) -> None:
+        assert self.plan.input is not None
+        sizes = self.plan.values[self.plan.input]
+        if not isinstance(x, Tensor) or x.dtype not in DTYPE_NAMES or x.dtype == torch.float64:
+            raise TypeError(
+                f"Engine: expected float32, bfloat16 or float16, got {getattr(x, 'dtype', type(x))}"
+            )
+        if x.device != self.device:
+            where = "the CPU" if self.device.type == "cpu" else self.device
+            raise TypeError(f"Engine: expected a tensor on {where}, got one on {x.device}")
+        expected = (sizes.channels, sizes.height, sizes.width)
+        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(f"Engine: expected x [N, {', '.join(map(str, expected))}], got {list(x.shape)}")
 
     def _borrow(self) -> Any:
         with self._lock:
@@ -189,34 +201,6 @@ def save_engine(
         raise ValueError(f"save_engine: expected fields without {sorted(own)}, got {sorted(taken)}")
     stored = engine.store_programs() if engine.programs else []
     write_artifact(folder, {**(fields or {}), **own}, engine.plan, masks or {}, weights, stored, prompt)
-
-
-def load(folder: Path | str, threads: int | None = None) -> Engine:
-    """Open an engine that `save` wrote; on a weaker CPU other kernels run it, and `explain()` says so.
-
-    Args:
-        threads: of each call; torch's number by default.
-
-    Raises:
-        ArtifactError: names the file and what is wrong with it; also where it holds layers but no network.
-    """
-    artifact = read_artifact(Path(folder))
-    if artifact.plan.input is None:
-        raise ArtifactError(
-            f"load: expected a compiled network in {folder}, got its layers alone "
-            "(compile the network and save it)"
-        )
-    try:
-        reports = [StepReport(**fields) for fields in artifact.manifest["reports"]]
-        programs = [
-            open_program(artifact.read_program(number), described)
-            for number, described in enumerate(artifact.manifest["programs"])
-        ]
-        return Engine(artifact.plan, reports, artifact.plan_bytes, threads, programs)
-    except ArtifactError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"load: expected an engine in {folder}, got: {error}") from error
 
 
 def _encode(plan: Plan) -> Tensor:

@@ -50,7 +50,7 @@ class Port:
             for extent, stride, wanted in zip(found.shape, strides, self.strides, strict=True)
         ):
             return found
-        made = torch.empty_strided(tuple(found.shape), self.strides, dtype=dtype)
+        made = torch.empty_strided(tuple(found.shape), self.strides, dtype=dtype, device=found.device)
         return made.copy_(found)
 
 

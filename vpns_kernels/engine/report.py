@@ -19,6 +19,7 @@ class StepReport:
         ms: of what was chosen.
         kernel: that runs it; empty without weights.
         note: why torch runs it; empty of a native step.
+        others: kernels that would leave out what was pruned and do not take the step, each with its reason.
     """
 
     name: str
@@ -27,6 +28,7 @@ class StepReport:
     ms: float
     kernel: str
     note: str = ""
+    others: str = ""
 
     @property
     def is_sparse(self) -> bool:
@@ -36,6 +38,9 @@ class StepReport:
     @property
     def reason(self) -> str:
         """Why the step runs as it does, in words."""
+        return f"{self._why()}; {self.others}" if self.others else self._why()
+
+    def _why(self) -> str:
         if self.note:
             return f"left to torch: {self.note}"
         if self.dense_ms is None:
@@ -49,11 +54,15 @@ class StepReport:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """All steps of an engine; as a string, a table for people."""
+    """All steps of an engine; as a string, a table for people.
+
+    Args:
+        workers: what runs them: a number of threads, or a GPU.
+    """
 
     plan: Plan
     steps: tuple[StepReport, ...]
-    threads: int
+    workers: str
     notes: tuple[str, ...] = ()
 
     @property
@@ -105,7 +114,7 @@ class EngineReport:
         total = sum(report.ms for report in self.steps)
         chunk = self.plan.chunk
         lines = [
-            f"{len(self.steps)} steps, {_dtype(self.plan)}, {self.threads} threads, "
+            f"{len(self.steps)} steps, {_dtype(self.plan)}, {self.workers}, "
             f"{chunk} image{'s' if chunk > 1 else ''} at a time; {total:.3f} ms per image, "
             f"{self.sparse_flops_share:.0%} of the dense multiplications in layers that run sparsely",
             *self.notes,

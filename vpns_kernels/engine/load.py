@@ -1,0 +1,61 @@
+"""How is an engine opened again? From its artifact, for the CPU or for a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vpns_kernels.engine.artifact import read_artifact
+from vpns_kernels.engine.engine import Engine
+from vpns_kernels.engine.files import ArtifactError
+from vpns_kernels.engine.gpu_compile import open_on_device
+from vpns_kernels.engine.programs import open_program
+from vpns_kernels.engine.report import StepReport
+
+
+def load(
+    folder: Path | str,
+    threads: int | None = None,
+    device: torch.device | str = "cpu",
+    images: int = 32,
+) -> Engine:
+    """Open an engine that `save` wrote, wherever it was compiled.
+
+    On a weaker CPU other kernels run it, and `explain()` says so. On a GPU the kernels run it that it was
+    compiled for, where that was on a GPU and this one has them all; otherwise each layer is timed again, with
+    and without what was pruned.
+
+    Args:
+        threads: of each call on a CPU; torch's number by default.
+        device: where it will run.
+        images: of a batch, where layers are timed.
+
+    Raises:
+        ArtifactError: names the file and what is wrong with it; also where it holds layers but no network.
+        ValueError: threads of a GPU, or no images.
+        RuntimeError: torch has no such device.
+    """
+    artifact = read_artifact(Path(folder))
+    if artifact.plan.input is None:
+        raise ArtifactError(
+            f"load: expected a compiled network in {folder}, got its layers alone "
+            "(compile the network and save it)"
+        )
+    try:
+        reports = [StepReport(**fields) for fields in artifact.manifest["reports"]]
+        programs = [
+            open_program(artifact.read_program(number), described)
+            for number, described in enumerate(artifact.manifest["programs"])
+        ]
+        if torch.device(device).type == "cpu":
+            return Engine(artifact.plan, reports, artifact.plan_bytes, threads, programs)
+    except ArtifactError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"load: expected an engine in {folder}, got: {error}") from error
+    if threads is not None or images < 1:
+        raise ValueError(
+            f"load: expected no threads and at least 1 image on {device}, got {threads} and {images}"
+        )
+    return open_on_device(artifact.plan, reports, programs, torch.device(device), images)
