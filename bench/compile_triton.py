@@ -20,26 +20,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.triton_build import ARCHS, SHARED_BYTES, Row, Specialised, build, why_no_wgmma
-from bench.triton_calls import DTYPES, PATTERNS, Call, calls, distinct_layers, ops_with_triton
+from bench.triton_build import SHARED_BYTES, Row, Specialised, build, tile_key, why_no_wgmma
+from bench.triton_calls import ARCHS, DTYPES, PATTERNS, Call, calls, distinct_layers, ops_with_triton
 
 SCHEMA_VERSION = 1
 
 
-def compile_calls(found: Sequence[Call], archs: Sequence[int] = ARCHS, jobs: int = 1) -> list[Row]:
+def compile_calls(found: Sequence[Call], jobs: int = 1, every_size: bool = False) -> list[Row]:
     """One row for each distinct program that the calls start, with the calls that start it.
 
     Args:
         jobs: processes that compile; 1 is this one.
+        every_size: also programs that differ in nothing but which sizes are one or multiples of 16.
     """
     programs: dict[Any, Specialised] = {}
     users: dict[Any, list[Call]] = defaultdict(list)
     for call in found:
         for launch in call.launches:
-            for arch in archs:
-                program = Specialised(launch, arch)
-                programs.setdefault(program.key, program)
-                users[program.key].append(call)
+            key = Specialised(launch, call.arch).key if every_size else tile_key(launch, call.arch)
+            if key not in programs:
+                programs[key] = Specialised(launch, call.arch)
+            users[key].append(call)
     _waiting[:] = programs.values()
     if jobs == 1:
         built = [_build(number) for number in range(len(_waiting))]
@@ -166,12 +167,15 @@ def main() -> int:
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS))
     parser.add_argument("--archs", nargs="+", type=int, default=list(ARCHS), choices=ARCHS)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument(
+        "--every-size", action="store_true", help="also what differs in multiples of 16 alone"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     options = parser.parse_args()
     layers = [layer for layer in distinct_layers() if options.layers in layer.name]
     ops = options.ops or ops_with_triton()
-    found = list(calls(ops, layers, options.dtypes, options.patterns, options.batch))
-    rows = compile_calls(found, options.archs, options.jobs)
+    found = list(calls(ops, layers, options.dtypes, options.patterns, options.archs, options.batch))
+    rows = compile_calls(found, options.jobs, options.every_size)
     print(table(rows))
     wrong = [
         f"{row['kernel']} {row['arch']} {row['constants']}: {text}"

@@ -13,15 +13,16 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from triton import compile as triton_compile
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vpns_kernels.ops._triton.launch import Launch
 
-ARCHS = (80, 90)
 # Bytes that one program can have: of an A100, of an H100 or H200.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 # What is looked for in the PTX.
@@ -37,10 +38,7 @@ Row = dict[str, Any]
 
 
 class Specialised:
-    """A launch as the JIT sees it: types for tensors, constants for ones, multiples of 16 marked.
-
-    `key` is equal for launches that compile to the same program.
-    """
+    """A launch as the JIT sees it: types for tensors, constants for ones, multiples of 16 marked."""
 
     def __init__(self, launch: Launch, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -57,8 +55,8 @@ class Specialised:
 
     @property
     def key(self) -> Hashable:
-        name = f"{self.source.fn.__module__}.{self.source.name}"
-        return name, self.target.arch, self.source.hash(), self.options.hash()
+        """Equal for launches that are one program."""
+        return self.target.arch, self.source.name, self.source.hash(), self.options.hash()
 
     @property
     def signature(self) -> dict[str, str]:
@@ -69,6 +67,23 @@ class Specialised:
     def constants(self) -> dict[str, str]:
         names = list(self.source.signature)
         return {names[path[0]]: str(value) for path, value in self.source.constants.items()}
+
+
+def tile_key(launch: Launch, arch: int) -> Hashable:
+    """Equal for launches of a kernel whose tiles and types are the same, whatever the sizes: most programs of
+    a kernel differ only in which sizes are one or multiples of 16.
+    """
+    types = tuple((name, _type(argument)) for name, argument in launch.args.items())
+    constants = tuple(launch.constants.items())
+    return arch, launch.kernel, types, constants, launch.warps, launch.stages
+
+
+def _type(argument: Any) -> Hashable:
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, tuple(argument.block_shape)
+    if isinstance(argument, tuple):
+        return tuple(map(_type, argument))
+    return argument.dtype if isinstance(argument, Tensor) else type(argument)
 
 
 def build(found: Specialised) -> Row:

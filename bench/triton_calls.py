@@ -21,6 +21,7 @@ from vpns_kernels.measure.layers import Layer, read_layers
 from vpns_kernels.ops._triton.launch import Launch, recorded
 from vpns_kernels.ops.prompt_conv2d import MEAN, STD
 
+ARCHS = (80, 90)
 LISTS = Path(__file__).resolve().parent / "layers"
 # By name: the type of activations, and whether float32 products may be taken as TF32.
 DTYPES = {
@@ -46,6 +47,7 @@ class Call:
     layer: str
     dtype: str
     pattern: str
+    arch: int
     launches: tuple[Launch, ...] = ()
     refusal: str | None = None
 
@@ -81,27 +83,30 @@ def calls(
     layers: Sequence[Layer],
     dtypes: Sequence[str] = tuple(DTYPES),
     patterns: Sequence[str] = PATTERNS,
+    archs: Sequence[int] = ARCHS,
     batch: int = 128,
 ) -> Iterator[Call]:
-    """Every call of the ops on the layers, recorded; patterns are for those ops that know any."""
+    """Every call of the ops on the layers, recorded for each architecture.
+
+    Args:
+        patterns: for those ops that know any.
+    """
     for op in ops:
         for layer in layers:
             for dtype in dtypes:
                 for pattern in patterns if op in _PATTERNED else ("",):
-                    for pass_name, method, args, question in _REQUESTS[op](layer, dtype, pattern, batch):
-                        launches, refusal = _record(op, method, args, question, DTYPES[dtype][1])
-                        yield Call(op, pass_name, layer.name, dtype, pattern, tuple(launches), refusal)
+                    for pass_name, method, args, refusal in _REQUESTS[op](layer, dtype, pattern, batch):
+                        for arch in archs:
+                            started = () if refusal else _record(op, method, args, dtype, arch)
+                            yield Call(op, pass_name, layer.name, dtype, pattern, arch, started, refusal)
 
 
-def _record(
-    op: str, method: str, args: tuple[Any, ...], refusal: str | None, allows_tf32: bool
-) -> tuple[list[Launch], str | None]:
-    if refusal is not None:
-        return [], refusal
+def _record(op: str, method: str, args: tuple[Any, ...], dtype: str, arch: int) -> tuple[Launch, ...]:
     launches: list[Launch] = []
-    with recorded(launches.append), torch.backends.cudnn.flags(allow_tf32=allows_tf32), torch.no_grad():
+    precision = torch.backends.cudnn.flags(allow_tf32=DTYPES[dtype][1])
+    with recorded(launches.append, arch // 10), precision, torch.no_grad():
         getattr(_module(op), method)(*args)
-    return launches, None
+    return tuple(launches)
 
 
 def _module(op: str) -> Any:

@@ -14,20 +14,15 @@ import triton
 import triton.language as tl
 
 from bench.compile_triton import compile_calls, complaints, passes_without_product, table
-from bench.triton_build import Specialised, build, products, resources, why_no_wgmma
+from bench.triton_build import Specialised, build, products, resources, tile_key, why_no_wgmma
 from bench.triton_calls import DTYPES, MAIN, Call, calls, distinct_layers, ops_with_triton
 from vpns_kernels.ops._triton.backend import is_interpreted
 from vpns_kernels.ops._triton.launch import Launch, describe
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="Triton's interpreter is on: nothing is compiled")
-# One layer of each kind: the first of a network, 3x3, 3x3 with stride 2, 1x1, and a classifier.
-FEW = (
-    "resnet18.conv1",
-    "resnet18.layer2.0.conv1",
-    "resnet18.layer2.0.conv2",
-    "resnet50.layer2.0.conv3",
-    "resnet50.fc",
-)
+# A layer of 3x3 with stride 2 and one of 1x1; of prompts, a first layer.
+FEW = {"prompt_conv2d": ("resnet18.conv1",)}
+OTHERS = ("resnet18.layer2.0.conv1", "resnet50.layer2.0.conv3")
 
 
 @triton.jit
@@ -54,8 +49,8 @@ def multiplication(rows: int = 64, columns: int = 64, dtype: torch.dtype = torch
     return Launch(multiply, (256 // rows,), args, {"ROWS": rows, "COLUMNS": columns}, warps=4, stages=3)
 
 
-def call_of(launch: Launch, op: str = "sparse_conv2d", dtype: str = "bfloat16") -> Call:
-    return Call(op, "forward", "resnet18.conv1", dtype, "block:64x64", (launch,))
+def call_of(launch: Launch, op: str = "sparse_conv2d", arch: int = 90) -> Call:
+    return Call(op, "forward", "resnet18.conv1", "bfloat16", "block:64x64", arch, (launch,))
 
 
 def test_arguments_are_typed_as_the_jit_types_them() -> None:
@@ -106,13 +101,13 @@ def test_a_product_of_halves_is_found_on_tensor_cores(
     assert row["stack_bytes"] == row["local_bytes"] == 0
     assert 32 <= row["registers"] <= 255
     assert row["shared_bytes"] > 0
-    (row,) = compile_calls([call_of(multiplication(dtype=dtype))], [arch])
+    (row,) = compile_calls([call_of(multiplication(dtype=dtype), arch=arch)])
     assert row["complaints"] == []
 
 
 def test_what_spills_is_complained_of_in_main_kernels_only() -> None:
-    launch = multiplication(rows=256, columns=256)
-    main, other = (compile_calls([call_of(launch, op)], [90])[0] for op in ("sparse_conv2d", "channel_mask"))
+    launch = multiplication(rows=128, columns=256)
+    main, other = (compile_calls([call_of(launch, op)])[0] for op in ("sparse_conv2d", "channel_mask"))
     assert main["stack_bytes"] > 0
     assert "spills" in main["complaints"][0]
     assert other["complaints"] == []
@@ -162,24 +157,37 @@ def test_resources_and_products_are_read_from_what_the_tools_write() -> None:
 def test_a_program_is_compiled_once_for_all_calls_that_start_it() -> None:
     launch = multiplication()
     same = replace(launch, args={**launch.args, "count": 256})
-    rows = compile_calls(
-        [call_of(launch), replace(call_of(same), layer="resnet50.fc", dtype="float16")], [80]
-    )
-    assert len(rows) == 1
-    assert rows[0]["layers"] == ["resnet18.conv1", "resnet50.fc"]
-    assert rows[0]["passes"] == ["sparse_conv2d forward"]
-    assert "multiply" in table(rows)
+    found = [call_of(launch, arch=80), replace(call_of(same, arch=80), layer="resnet50.fc", dtype="float16")]
+    (row,) = compile_calls(found)
+    assert row["layers"] == ["resnet18.conv1", "resnet50.fc"]
+    assert row["passes"] == ["sparse_conv2d forward"]
+    assert "multiply" in table([row])
+
+
+def test_one_size_stands_for_the_others_unless_all_are_wanted() -> None:
+    launch = multiplication()
+    sizes = [replace(launch, args={**launch.args, "count": count}) for count in (128, 100)]
+    assert len({tile_key(size, 80) for size in sizes}) == 1
+    assert len(compile_calls([call_of(size, arch=80) for size in sizes], every_size=True)) == 2
+    others = [
+        replace(launch, constants={"ROWS": 64, "COLUMNS": 32}),
+        replace(launch, args={**launch.args, "w_ptr": torch.empty(128, 64)}),
+        replace(launch, args={**launch.args, "x": describe(launch.args["x"].base, [64, 64])}),
+        replace(launch, args={**launch.args, "bias_ptr": torch.empty(64)}),
+        replace(launch, warps=8),
+    ]
+    assert len({tile_key(other, 80) for other in [launch, *others]}) == 6
 
 
 def test_every_layer_of_the_lists_is_taken_once() -> None:
     layers = distinct_layers()
     assert len({(layer.geometry, layer.height, layer.width) for layer in layers}) == len(layers) == 43
-    assert set(FEW) <= {layer.name for layer in layers}
+    assert {"resnet18.conv1", *OTHERS, "vgg16.classifier.0"} <= {layer.name for layer in layers}
 
 
 @pytest.mark.parametrize("op", ops_with_triton())
-def test_the_kernels_of_an_op_compile_for_a_layer_of_each_kind(op: str) -> None:
-    layers = [layer for layer in distinct_layers() if layer.name in FEW]
+def test_the_kernels_of_an_op_compile_for_a_few_layers(op: str) -> None:
+    layers = [layer for layer in distinct_layers() if layer.name in FEW.get(op, OTHERS)]
     dtype = "float32" if op == "select_threshold" else "bfloat16"
     found = list(calls([op], layers, [dtype], ["block:64x64"], batch=32))
     rows = compile_calls(found)

@@ -57,7 +57,8 @@ def pick_tiles(
     # Products of a warp group have 64 rows; fewer would leave lanes idle.
     pixels = pick_pixels(sizes, most, least=64)
     stage_bytes = (pixels.size + block[0]) * block[1] * dtype.itemsize
-    warps = 8 if pixels.size * block[0] > 64 * 128 else 4
+    # Before Hopper every thread holds addresses of its own: four warps would spill.
+    warps = 8 if capability < 9 or pixels.size * block[0] > 64 * 128 else 4
     return Tiles(pixels, warps, pick_stages(stage_bytes, capability))
 
 
