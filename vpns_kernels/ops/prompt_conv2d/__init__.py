@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vpns_kernels import schemas
 from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.ops._triton.backend import TritonBackend
 from vpns_kernels.ops.prompt_conv2d import cpu, reference
 from vpns_kernels.ops.registry import call, register_op
 
@@ -20,7 +21,9 @@ VARIANTS = ("framed", "released")
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-_OP = register_op("prompt_conv2d", {"cpu": cpu, "reference": reference})
+_OP = register_op(
+    "prompt_conv2d", {"cpu": cpu, "triton": TritonBackend("prompt_conv2d"), "reference": reference}
+)
 
 
 def _dispatch_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,8 +68,8 @@ def prompt_conv2d(
         bias: [K], or None.
         mean, std: of each colour, for images from 0 to 1.
         dtype: of the result, to which normalised canvas and weight are rounded; by default the weight's.
-        backend: "cpu", "reference", or "auto" for the first that can; one for all passes, or three: of
-            forward, of the prompt's gradient, of those of weight and bias.
+        backend: "cpu", "triton", "reference", or "auto" for the first that can; one for all passes, or three:
+            of forward, of the prompt's gradient, of those of weight and bias.
 
     Returns:
         [N, K, P, Q] in `dtype`, channels_last. The prompt's gradient is zero inside the frame.

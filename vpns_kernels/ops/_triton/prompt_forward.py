@@ -1,0 +1,152 @@
+"""y[n, p, q, k] = Σ over taps t of canvas[n, pixel of t at (p, q)] · weight[t, k] + offset[p, q, k].
+
+An implicit product of matrices: a program takes BLOCK_M outputs of one or more images and BLOCK_K channels,
+and goes over the taps (r, s, c), packed without gaps, by BLOCK_T at a time. It gathers their pixels
+[BLOCK_M, BLOCK_T] from the images where they lie, in any strides; the canvas is nowhere in memory. A program
+whose outputs see no image, but a frame alone, multiplies nothing. The offset is a bias, or a map of what the
+frame adds to each place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.ops._triton.launch import Launch
+from vpns_kernels.ops._triton.prompt_pixels import Pixels, load_pixels, outputs_at, taps_at
+
+
+@dataclass(frozen=True)
+class Tiles:
+    block_m: int
+    block_k: int
+    block_t: int
+    warps: int
+    stages: int
+
+
+def pick_tiles(geometry: ConvGeometry, dtype: torch.dtype) -> Tiles:
+    """64 outputs for each group of four warps; taps by 16, so that two programs share a multiprocessor.
+
+    A thread keeps an address and a predicate of each pixel that it gathers: with 32 taps they take all its
+    registers, and one program is alone with the latency of its loads.
+    """
+    block_k = min(64, max(16, triton.next_power_of_2(geometry.out_channels)))
+    if dtype == torch.float32:
+        return Tiles(64, block_k, block_t=16, warps=4, stages=2)
+    return Tiles(128, block_k, block_t=16, warps=8, stages=2)
+
+
+@triton.jit
+def prompt_conv2d_fwd(
+    image_ptr,
+    table_ptr,
+    prompt_ptr,
+    weight_ptr,  # [TAPS, K]
+    offset_ptr,  # [K] or [P, Q, K], float32
+    y_ptr,  # [N, P, Q, K]
+    height,
+    width,
+    frame,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    N,
+    K,
+    P,
+    Q,
+    OFFSET: tl.constexpr,  # "none", "bias" or "map"
+    SOURCE: tl.constexpr,
+    TAPS: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    n, place, p, q = outputs_at(start, tl.arange(0, BLOCK_M), P, Q)
+    # The first pixel of each output; beyond the last output it is far outside.
+    y0 = tl.where(n < N, p * STRIDE_H - PAD_H, -(1 << 30))
+    x0 = q * STRIDE_W - PAD_W
+    origins = n * stride_n + y0.to(tl.int64) * stride_h + x0.to(tl.int64) * stride_w
+    reach_h: tl.constexpr = (TAPS // (3 * S) - 1) * DIL_H
+    reach_w: tl.constexpr = (S - 1) * DIL_W
+    sees = (y0 + reach_h >= 0) & (y0 < height) & (x0 + reach_w >= 0) & (x0 < width)
+    end = TAPS * tl.max(sees.to(tl.int32), axis=0)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for first in range(0, end, BLOCK_T):
+        offs_t = first + tl.arange(0, BLOCK_T)
+        down, right, c = taps_at(offs_t, S, DIL_H, DIL_W, TAPS)
+        steps = down.to(tl.int64) * stride_h + right.to(tl.int64) * stride_w + c.to(tl.int64) * stride_c
+        pixels = load_pixels(
+            image_ptr,
+            table_ptr,
+            prompt_ptr,
+            origins[:, None] + steps[None, :],
+            y0[:, None] + down[None, :],
+            x0[:, None] + right[None, :],
+            c[None, :],
+            height,
+            width,
+            frame,
+            SOURCE,
+        )
+        mask_w = (offs_t < TAPS)[:, None] & (offs_k < K)[None, :]
+        weight = tl.load(weight_ptr + offs_t[:, None] * K + offs_k[None, :], mask=mask_w, other=0.0)
+        acc = tl.dot(pixels.to(weight.dtype), weight, acc, input_precision=PRECISION)
+    mask = (n < N)[:, None] & (offs_k < K)[None, :]
+    if OFFSET == "bias":
+        acc += tl.load(offset_ptr + offs_k, mask=offs_k < K, other=0.0)[None, :]
+    elif OFFSET == "map":
+        places = place.to(tl.int64)[:, None] * K + offs_k[None, :]
+        acc += tl.load(offset_ptr + places, mask=mask, other=0.0)
+    offs_m = start + tl.arange(0, BLOCK_M)
+    tl.store(y_ptr + offs_m[:, None] * K + offs_k[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def convolve(
+    pixels: Pixels, weight: Tensor, offset: Tensor | None, y: Tensor, geometry: ConvGeometry, precision: str
+) -> None:
+    """Write y [N, K, P, Q], channels_last.
+
+    Args:
+        weight: [R, S, 3, K], contiguous, of the type of products.
+        offset: float32, [K] or [1, K, P, Q] channels_last, or None.
+    """
+    N, K, P, Q = y.shape
+    tiles = pick_tiles(geometry, weight.dtype)
+    kind = "none" if offset is None else "bias" if offset.dim() == 1 else "map"
+    constants = {
+        "OFFSET": kind,
+        **pixels.constants(geometry),
+        "PRECISION": precision,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_K": tiles.block_k,
+        "BLOCK_T": tiles.block_t,
+    }
+    args = {
+        **pixels.args,
+        "weight_ptr": weight,
+        "offset_ptr": weight if offset is None else offset,
+        "y_ptr": y,
+        "N": N,
+        "K": K,
+        "P": P,
+        "Q": Q,
+    }
+    grid = (triton.cdiv(N * P * Q, tiles.block_m), triton.cdiv(K, tiles.block_k))
+    Launch(prompt_conv2d_fwd, grid, args, constants, tiles.warps, tiles.stages).run()

@@ -1,0 +1,197 @@
+"""dprompt[c, y, x] = Σ_n slope · Σ over taps that meet (y, x), and k, of dy[n, p, q, k] · weight[r, s, c, k].
+
+Of the frame alone: a program takes pixels of one row, all with the same remainder of x by the stride, so that
+a filter column meets all of them or none, and goes over images, taps and channels. Framed, the batch was
+summed before and counts as one image; slope = σ'(prompt) / std. Released, slope is 1 / std where image +
+prompt lies within 0 and 1. Where there is no frame the gradient is zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.ops._triton.columns import sum_rows
+from vpns_kernels.ops._triton.launch import Launch
+from vpns_kernels.ops._triton.prompt_pixels import Pixels, is_framed, unit
+
+# Images that a program goes over at least, and groups of images at most.
+_IMAGES_PER_SPLIT = 4
+_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A split has `images_per_split` images, but for the last one."""
+
+    block_x: int
+    block_k: int
+    splits: int
+    images_per_split: int
+    warps: int
+    stages: int
+
+
+def pick_tiles(geometry: ConvGeometry, images: int, width: int, dtype: torch.dtype) -> Tiles:
+    """Up to 64 pixels of a row, up to 64 channels at a time (32 in float32), groups of images."""
+    across = triton.cdiv(width, geometry.stride[1])
+    block_x = min(64, max(16, triton.next_power_of_2(across)))
+    block_k = min(
+        32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(geometry.out_channels))
+    )
+    each = max(_IMAGES_PER_SPLIT, triton.cdiv(images, _SPLITS))
+    return Tiles(block_x, block_k, max(1, triton.cdiv(images, each)), each, warps=4, stages=2)
+
+
+@triton.jit
+def prompt_conv2d_pgrad(
+    grad_ptr,  # [N, P, Q, K]
+    image_ptr,
+    prompt_ptr,  # [3, H, W], float32; sigmoid of it where the images have the frame around them
+    colours_ptr,  # [3, 2], float32: mean and std
+    weight_ptr,  # [R, S, 3, K], of the gradient's type
+    sums_ptr,  # [splits, 3, H, W], float32
+    H,
+    W,
+    frame,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    N,
+    K,
+    P,
+    Q,
+    images_per_split,
+    IS_RING: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    y = tl.program_id(0)
+    remainder = tl.program_id(1) % STRIDE_W
+    split = tl.program_id(2)
+    x = remainder + STRIDE_W * (tl.program_id(1) // STRIDE_W * BLOCK_X + tl.arange(0, BLOCK_X))
+    # The colours, in the least columns that a product has.
+    c = tl.arange(0, 16)
+    framed = (x < W) & is_framed(y + tl.zeros_like(x), x, H, W, frame)
+    mask_p = framed[:, None] & (c < 3)[None, :]
+    places = (c * H + y)[None, :] * W + x[:, None]
+    prompt = tl.load(prompt_ptr + places, mask=mask_p, other=0.0)
+    std = tl.load(colours_ptr + 2 * c + 1, mask=c < 3, other=1.0)
+    total = tl.zeros((BLOCK_X, 16), tl.float32)
+    begin = split * images_per_split
+    # A program without frame has no images to go over.
+    end = tl.where(tl.max(framed.to(tl.int32), axis=0) > 0, tl.minimum(begin + images_per_split, N), begin)
+    for n in range(begin, end):
+        image = n + tl.zeros((), tl.int64)
+        acc = tl.zeros((BLOCK_X, 16), tl.float32)
+        for r in range(R):
+            down = y + PAD_H - r * DIL_H
+            p = down // STRIDE_H
+            if (down >= 0) & (down % STRIDE_H == 0) & (p < P):
+                for s in range(S):
+                    if (remainder + PAD_W - s * DIL_W) % STRIDE_W == 0:
+                        right = x + PAD_W - s * DIL_W
+                        q = right // STRIDE_W
+                        mask_q = framed & (right >= 0) & (q < Q)
+                        outputs = ((image * P + p) * Q + q) * K
+                        filters = ((r * S + s) * 3 + c) * K
+                        for first in range(0, K, BLOCK_K):
+                            offs_k = first + tl.arange(0, BLOCK_K)
+                            mask_g = mask_q[:, None] & (offs_k < K)[None, :]
+                            grad = tl.load(
+                                grad_ptr + outputs[:, None] + offs_k[None, :], mask=mask_g, other=0.0
+                            )
+                            mask_w = (offs_k < K)[:, None] & (c < 3)[None, :]
+                            weight = tl.load(
+                                weight_ptr + filters[None, :] + offs_k[:, None], mask=mask_w, other=0.0
+                            )
+                            acc = tl.dot(grad, weight, acc, input_precision=PRECISION)
+        if not IS_RING:
+            row = image * stride_n + y.to(tl.int64) * stride_h
+            pixels = row + c.to(tl.int64)[None, :] * stride_c + x.to(tl.int64)[:, None] * stride_w
+            value = unit(image_ptr, pixels, mask_p) + prompt
+            # At its edges the clamp passes the gradient, as torch's does.
+            acc = tl.where((value >= 0) & (value <= 1), acc, 0.0)
+        total += acc
+    if IS_RING:
+        total = total * (prompt * (1 - prompt))
+    total = tl.where(mask_p, tl.div_rn(total, std[None, :]), 0.0)
+    mask = (x < W)[:, None] & (c < 3)[None, :]
+    tl.store(sums_ptr + split.to(tl.int64) * 3 * H * W + places, total, mask=mask)
+
+
+def prompt_gradient(
+    grad: Tensor,
+    images: Pixels,
+    prompt: Tensor,
+    colours: Tensor,
+    weight: Tensor,
+    frame: int,
+    geometry: ConvGeometry,
+    precision: str,
+) -> Tensor:
+    """[3, H, W] in float32.
+
+    Args:
+        grad: [N, K, P, Q], channels_last; [1, K, P, Q] of the whole batch where images have a ring.
+        prompt: [3, H, W], float32; its sigmoid where images have a ring.
+        colours: [3, 2], float32: mean and std.
+        weight: [R, S, 3, K], contiguous, of grad's type.
+    """
+    g, (H, W) = geometry, images.canvas
+    N, K, P, Q = grad.shape
+    tiles = pick_tiles(g, N, W, grad.dtype)
+    sums = torch.empty((tiles.splits, 3 * H * W), dtype=torch.float32, device=grad.device)
+    stride_n, stride_c, stride_h, stride_w = images.images.stride()
+    args = {
+        "grad_ptr": grad,
+        "image_ptr": images.images,
+        "prompt_ptr": prompt,
+        "colours_ptr": colours,
+        "weight_ptr": weight,
+        "sums_ptr": sums,
+        "H": H,
+        "W": W,
+        "frame": frame,
+        "stride_n": stride_n,
+        "stride_c": stride_c,
+        "stride_h": stride_h,
+        "stride_w": stride_w,
+        "N": N,
+        "K": K,
+        "P": P,
+        "Q": Q,
+        "images_per_split": tiles.images_per_split,
+    }
+    constants = {
+        "IS_RING": images.source != "prompted",
+        "R": g.kernel_size[0],
+        "S": g.kernel_size[1],
+        "STRIDE_H": g.stride[0],
+        "STRIDE_W": g.stride[1],
+        "PAD_H": g.padding[0],
+        "PAD_W": g.padding[1],
+        "DIL_H": g.dilation[0],
+        "DIL_W": g.dilation[1],
+        "PRECISION": precision,
+        "BLOCK_X": tiles.block_x,
+        "BLOCK_K": tiles.block_k,
+    }
+    across = triton.cdiv(triton.cdiv(W, g.stride[1]), tiles.block_x) * g.stride[1]
+    Launch(prompt_conv2d_pgrad, (H, across, tiles.splits), args, constants, tiles.warps, tiles.stages).run()
+    return (sums[0] if tiles.splits == 1 else sum_rows(sums)).view(3, H, W)

@@ -1,0 +1,200 @@
+"""What does a kernel of prompt_conv2d read where it reads a pixel? A number of the canvas, normalised.
+
+A tap (r, s, c) of output (p, q) meets the pixel y = p · stride - padding + r · dilation, x alike, of colour
+c. Within the image it is, by the source of the canvas:
+
+- "levels": the level of a byte, from a table of what each byte of each colour becomes;
+- "floats": (v - mean) / std of a number v;
+- "prompted": (clamp(v + prompt, 0, 1) - mean) / std, the prompt on the outermost pixels alone;
+- "canvas": the number itself, normalised before.
+
+Elsewhere it is zero, the convolution's padding. A framed canvas is the sum of an image with zeros around it
+and of a frame, one for all images, with zeros in it: to the first the frame is more padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vpns_kernels.geometry import ConvGeometry, Pair
+from vpns_kernels.ops._triton.launch import Launch
+
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images [N, 3, height, width] as the kernels read them, within `ring` pixels of zeros on each side."""
+
+    images: Tensor
+    table: Tensor  # [3, 256] levels, or [3, 2] means and deviations, by the source
+    source: str
+    ring: int = 0
+    prompt: Tensor | None = None  # [3, height, width], float32
+    frame: int = 0  # width of the prompt, where the source is "prompted"
+
+    @property
+    def canvas(self) -> Pair:
+        """Height and width with the ring."""
+        height, width = self.images.shape[2:]
+        return height + 2 * self.ring, width + 2 * self.ring
+
+    @property
+    def args(self) -> dict[str, Tensor | int]:
+        stride_n, stride_c, stride_h, stride_w = self.images.stride()
+        return {
+            "image_ptr": self.images,
+            "table_ptr": self.table,
+            "prompt_ptr": self.table if self.prompt is None else self.prompt,
+            "height": self.images.shape[2],
+            "width": self.images.shape[3],
+            "frame": self.frame,
+            "stride_n": stride_n,
+            "stride_c": stride_c,
+            "stride_h": stride_h,
+            "stride_w": stride_w,
+        }
+
+    def constants(self, geometry: ConvGeometry) -> dict[str, int | str]:
+        g = geometry
+        return {
+            "SOURCE": self.source,
+            "TAPS": 3 * g.kernel_size[0] * g.kernel_size[1],
+            "S": g.kernel_size[1],
+            "STRIDE_H": g.stride[0],
+            "STRIDE_W": g.stride[1],
+            "PAD_H": g.padding[0] + self.ring,
+            "PAD_W": g.padding[1] + self.ring,
+            "DIL_H": g.dilation[0],
+            "DIL_W": g.dilation[1],
+        }
+
+
+@triton.jit
+def outputs_at(start, offs_m, P, Q):
+    """Image, place in it, row and column of the outputs start + offs_m; start is int64."""
+    first = start // (P * Q)
+    inside = (start - first * (P * Q)).to(tl.int32) + offs_m
+    place = inside % (P * Q)
+    return first + inside // (P * Q), place, place // Q, place % Q
+
+
+@triton.jit
+def taps_at(offs_t, S: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, TAPS: tl.constexpr):
+    """Rows and columns from an output's first pixel, and colour, of the taps; what is no tap is far away."""
+    down = tl.where(offs_t < TAPS, offs_t // (3 * S) * DIL_H, 1 << 29)
+    return down, offs_t // 3 % S * DIL_W, offs_t % 3
+
+
+@triton.jit
+def unit(image_ptr, places, mask):
+    """Pixels from 0 to 1, in float32; zero where mask is not."""
+    pixel = tl.load(image_ptr + places, mask=mask, other=0).to(tl.float32)
+    return tl.div_rn(pixel, 255.0) if image_ptr.dtype.element_ty == tl.uint8 else pixel
+
+
+@triton.jit
+def is_framed(y, x, height, width, frame):
+    return (y < frame) | (y >= height - frame) | (x < frame) | (x >= width - frame)
+
+
+@triton.jit
+def load_pixels(
+    image_ptr, table_ptr, prompt_ptr, places, y, x, c, height, width, frame, SOURCE: tl.constexpr
+):
+    """The canvas at rows y, columns x and colours c (they make a tile), found at places; else zero."""
+    mask = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    if SOURCE == "canvas":
+        found = tl.load(image_ptr + places, mask=mask, other=0.0)
+    elif SOURCE == "levels":
+        byte = tl.load(image_ptr + places, mask=mask, other=0).to(tl.int32)
+        found = tl.load(table_ptr + (c * 256 + byte), mask=mask, other=0.0)
+    else:
+        value = unit(image_ptr, places, mask)
+        if SOURCE == "prompted":
+            has_prompt = mask & is_framed(y, x, height, width, frame)
+            value += tl.load(prompt_ptr + (c * height + y) * width + x, mask=has_prompt, other=0.0)
+            # Comparisons, not a maximum: NaN stays NaN.
+            value = tl.where(value < 0, 0.0, tl.where(value > 1, 1.0, value))
+        mean = tl.load(table_ptr + 2 * c)
+        found = tl.where(mask, tl.div_rn(value - mean, tl.load(table_ptr + 2 * c + 1)), 0.0)
+    return found
+
+
+@triton.jit
+def colour_tables(
+    levels_ptr,  # [3, 256], of the type of products
+    colours_ptr,  # [3, 2], float32: mean and std
+    MEAN_R: tl.constexpr,
+    MEAN_G: tl.constexpr,
+    MEAN_B: tl.constexpr,
+    STD_R: tl.constexpr,
+    STD_G: tl.constexpr,
+    STD_B: tl.constexpr,
+):
+    c = tl.program_id(0)
+    mean = tl.where(c == 0, MEAN_R, tl.where(c == 1, MEAN_G, MEAN_B)).to(tl.float32)
+    std = tl.where(c == 0, STD_R, tl.where(c == 1, STD_G, STD_B)).to(tl.float32)
+    tl.store(colours_ptr + 2 * c, mean)
+    tl.store(colours_ptr + 2 * c + 1, std)
+    byte = tl.arange(0, 256)
+    level = tl.div_rn(tl.div_rn(byte.to(tl.float32), 255.0) - mean, std)
+    tl.store(levels_ptr + c * 256 + byte, level.to(levels_ptr.dtype.element_ty))
+
+
+@triton.jit
+def frame_canvas(
+    opacity_ptr,  # [3, height, width], float32
+    colours_ptr,  # [3, 2], float32: mean and std
+    canvas_ptr,  # [3, height, width], of the type of products
+    height,
+    width,
+    frame,
+    HAS_PROMPT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < 3 * height * width
+    c, y, x = offs // (height * width), offs // width % height, offs % width
+    value = tl.zeros((BLOCK,), tl.float32)
+    if HAS_PROMPT:
+        value = tl.load(opacity_ptr + offs, mask=mask, other=0.0)
+    mean = tl.load(colours_ptr + 2 * c, mask=mask, other=0.0)
+    level = tl.div_rn(value - mean, tl.load(colours_ptr + 2 * c + 1, mask=mask, other=1.0))
+    level = tl.where(is_framed(y, x, height, width, frame), level, 0.0)
+    tl.store(canvas_ptr + offs, level.to(canvas_ptr.dtype.element_ty), mask=mask)
+
+
+def make_tables(
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Levels [3, 256] of all bytes, in dtype, and colours [3, 2], in float32."""
+    levels = torch.empty((3, 256), dtype=dtype, device=device)
+    colours = torch.empty((3, 2), dtype=torch.float32, device=device)
+    names = ("MEAN_R", "MEAN_G", "MEAN_B", "STD_R", "STD_G", "STD_B")
+    constants = dict(zip(names, map(float, (*mean, *std)), strict=True))
+    args = {"levels_ptr": levels, "colours_ptr": colours}
+    Launch(colour_tables, (3,), args, constants, warps=1, stages=1).run()
+    return levels, colours
+
+
+def make_frame(opacity: Tensor | None, colours: Tensor, size: Pair, frame: int, dtype: torch.dtype) -> Pixels:
+    """The frame as a canvas of one image: the normalised prompt, or black, around zeros."""
+    canvas = torch.empty((1, 3, *size), dtype=dtype, device=colours.device)
+    args = {
+        "opacity_ptr": colours if opacity is None else opacity,
+        "colours_ptr": colours,
+        "canvas_ptr": canvas,
+        "height": size[0],
+        "width": size[1],
+        "frame": frame,
+    }
+    constants = {"HAS_PROMPT": opacity is not None, "BLOCK": _BLOCK}
+    Launch(frame_canvas, (triton.cdiv(canvas.numel(), _BLOCK),), args, constants, warps=4, stages=1).run()
+    return Pixels(canvas, colours, "canvas")
