@@ -12,8 +12,10 @@ from vpns_kernels import OPS, channel_mask
 from vpns_kernels.testing import poisoned_memory
 
 OP = OPS["channel_mask"]
+# Triton's kernels have tests of their own, in tests/gpu.
+BACKENDS = ("cpu", "reference")
 ROWS = [
-    pytest.param(backend, case, id=f"{backend}-{case.name}") for backend in OP.backends for case in OP.cases()
+    pytest.param(backend, case, id=f"{backend}-{case.name}") for backend in BACKENDS for case in OP.cases()
 ]
 
 
@@ -50,7 +52,7 @@ def test_gradcheck_of_the_reference() -> None:
     assert torch.autograd.gradcheck(lambda x: channel_mask(x, scores, mask, "reference"), (x,))
 
 
-@pytest.mark.parametrize("backend", OP.backends)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_finds_the_op_in_order(backend: str) -> None:
     args = next(case for case in OP.cases() if case.name == "odd-float32-some-channels_last").build()
     inputs = (args["x"].requires_grad_(), args["scores"].requires_grad_(), args["mask"], backend)
@@ -76,7 +78,7 @@ def test_the_same_bits_each_time_and_for_any_thread_count(dtype: torch.dtype) ->
 def test_only_what_is_wanted_is_computed() -> None:
     x, scores, mask = torch.randn(2, 5, 3, 3), torch.randn(5), torch.tensor([True, False, True, True, False])
     grad = torch.randn(2, 5, 3, 3)
-    for backend in OP.backends:
+    for backend in BACKENDS:
         for wants in ([True, False], [False, True]):
             found = torch.ops.vpns.channel_mask_backward(grad, x, scores, mask, wants, backend)
             assert [tensor.numel() > 0 for tensor in found] == wants
