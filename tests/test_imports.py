@@ -32,6 +32,7 @@ KERNEL_ROOMS = [
     ("vpns_kernels.runners",),
     ("vpns_kernels.choose_training",),
     ("vpns_kernels.choose",),
+    ("vpns_kernels.choose_gpu",),
     ("vpns_kernels.cost",),
     ("vpns_kernels.graph_nodes", "vpns_kernels.folding", "vpns_kernels.tracing"),
     ("vpns_kernels.refresh", "vpns_kernels.graph_nodes"),

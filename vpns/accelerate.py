@@ -72,12 +72,8 @@ def choose_backends(predictor: Predictor, images: Tensor) -> dict[str, Any]:
     Args:
         images: of a batch's shape; what they show does not matter.
     """
-    machine, found = this_machine(), {}
+    machine, found = this_machine(images.device), {}
     for name, (shape, dtype) in _input_shapes(predictor, images).items():
-        if images.device.type != "cpu":
-            reason = f"what is known of the kernels' costs is of CPUs, not of {images.device}"
-            found[name] = {"backends": ["reference"] * 3, "reasons": dict.fromkeys(_PASSES, reason)}
-            continue
         layer = predictor.network.get_submodule(name)
         if refusal := _why_dense(layer):
             found[name] = {"backends": ["reference"] * 3, "reasons": dict.fromkeys(_PASSES, refusal)}

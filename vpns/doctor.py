@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,6 +17,7 @@ from vpns.data.cache import cache_folder
 from vpns_kernels import native
 from vpns_kernels.choose import break_even_density, choose, this_machine
 from vpns_kernels.cost import CLASSES, LayerQuery
+from vpns_kernels.engine.semi_structured import why_no_device
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.measure import fingerprint
 from vpns_kernels.ops import OPS
@@ -102,14 +104,36 @@ def _instruction_sets() -> list[Finding]:
 
 def _gpu() -> list[Finding]:
     nvcc, part = shutil.which("nvcc"), native.why_no_cuda()
-    has_triton, has_cuda = find_spec("triton") is not None, torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if has_cuda else "torch finds none"
-    return [
-        Finding("gpu", has_cuda, name),
+    triton, has_gpu = _triton_version(), torch.cuda.is_available()
+    in_triton = ", ".join(name for name, op in OPS.items() if "triton" in op.backends)
+    found = [
+        Finding("gpu", has_gpu, _describe_gpu() if has_gpu else "torch finds none"),
         Finding("nvcc", nvcc is not None, nvcc or "not on PATH: the library's GPU part is not built"),
         Finding("gpu part of the library", part is None, part or "loaded"),
-        Finding("triton", has_triton, "installed" if has_triton else "not installed"),
+        Finding(
+            "triton",
+            triton is not None,
+            f"{triton}, kernels of {in_triton}" if triton else "not installed (extra [triton])",
+        ),
     ]
+    if has_gpu:
+        refusal = why_no_device(torch.device("cuda"))
+        found.append(Finding("gpu 2:4", refusal is None, refusal or "linear layers and 1x1 convolutions"))
+    return found
+
+
+def _describe_gpu() -> str:
+    properties = torch.cuda.get_device_properties(0)
+    capability = f"{properties.major}.{properties.minor}"
+    memory = f"{properties.total_memory / 2**30:.0f} GiB"
+    return f"{properties.name}, {memory}, compute capability {capability}, CUDA {torch.version.cuda}"
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 def _torchvision() -> Finding:
@@ -131,8 +155,11 @@ def _cache() -> Finding:
 
 
 def _expected_speed() -> list[Finding]:
-    """Of one layer, from the table of costs: nothing is measured here."""
-    machine, found = this_machine(), []
+    """Of one layer, from the table of costs, or by a GPU's rule: nothing is measured here."""
+    found = []
+    machines = {"": this_machine()}
+    if torch.cuda.is_available():
+        machines[" on the gpu"] = this_machine(torch.device("cuda"))
     K, C, R, S = _LAYER.weight_shape
     kept = round(_KEPT * K * C * R * S)
     sizes: Mapping[str, tuple[int, ...]] = {
@@ -142,7 +169,8 @@ def _expected_speed() -> list[Finding]:
     for pattern, values in sizes.items():
         for dtype in ("float32", "bfloat16"):
             query = LayerQuery(_LAYER, _SIZE, values, dtype)
-            choice, ends_at = choose(query, machine), break_even_density(query, machine)
-            detail = f"{choice.reason}; sparse is chosen up to density {ends_at:.2f}"
-            found.append(Finding(f"expect {pattern} {dtype}", choice.kernel != "dense", detail))
+            for where, machine in machines.items():
+                choice, ends_at = choose(query, machine), break_even_density(query, machine)
+                detail = f"{choice.reason}; sparse is chosen up to density {ends_at:.2f}"
+                found.append(Finding(f"expect {pattern} {dtype}{where}", choice.kernel != "dense", detail))
     return found

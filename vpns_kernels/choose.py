@@ -6,6 +6,7 @@ is a candidate as every other, and sparse is chosen only where it wins by more t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import native
+from vpns_kernels.choose_gpu import UNMEASURED, gpu_kernel, gpu_refusals
 from vpns_kernels.cost import Estimate, LayerQuery, cost_table, estimate
 from vpns_kernels.geometry import ConvGeometry
 
+GPU = "gpu"
 # (kernel, why it does not take the layer, or empty), in order of preference.
 Refusals = Callable[[LayerQuery], Sequence[tuple[str, str]]]
 
@@ -26,7 +29,7 @@ class Machine:
     """What a choice may know of a machine.
 
     Args:
-        isa: its class: the strongest usable instruction set.
+        isa: its class: the strongest usable instruction set, or "gpu".
         refusals: its kernels, each with the reason why it does not take a layer.
     """
 
@@ -34,10 +37,18 @@ class Machine:
     threads: int
     refusals: Refusals
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is a GPU, of which no costs are known."""
+        return self.isa == GPU
+
+    def __str__(self) -> str:
+        return "a GPU" if self.is_gpu else f"{self.isa}, {self.threads} threads"
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel with its estimate, or with the reason why it cannot run (`estimate` is None)."""
+    """A kernel with its estimate, or with the reason why it has none: it cannot run, or nobody measured."""
 
     kernel: str
     estimate: Estimate | None
@@ -50,7 +61,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that runs a layer ("dense" for torch), what was expected of it, and why."""
+    """The kernel that runs a layer ("dense" for torch), what was expected of it (NaN: unknown), and why."""
 
     kernel: str
     est_ms: float
@@ -76,6 +87,8 @@ def choose(
         table: of costs; the shipped one by default.
         may_be_dense: where false, the best sparse kernel even if dense is faster (dense where none can run).
     """
+    if machine.is_gpu:
+        return _choose_on_gpu(query, machine)
     table = cost_table() if table is None else table
     candidates = _candidates(query, machine, table)
     dense = next(c for c in candidates if c.kernel == f"dense {query.dtype}")
@@ -122,8 +135,10 @@ def query_of(geometry: ConvGeometry, shape: Sequence[int], values: Tensor, dtype
     return LayerQuery(geometry, (images, height, width), tuple(values.shape), *names)
 
 
-def this_machine() -> Machine:
-    """The machine that runs this, with torch's number of threads."""
+def this_machine(device: torch.device | None = None) -> Machine:
+    """The machine that runs this, with torch's number of threads; the GPU, where tensors are on one."""
+    if device is not None and device.type != "cpu":
+        return Machine(GPU, 0, gpu_refusals)
     if native.why_not() is not None:
         return Machine("scalar", torch.get_num_threads(), lambda query: [("native", str(native.why_not()))])
     return Machine(native.library().isa_list()[-1], torch.get_num_threads(), _native_refusals)
@@ -139,6 +154,15 @@ def _native_refusals(query: LayerQuery) -> Sequence[tuple[str, str]]:
         sizes, list(query.values_sizes), query.weight_dtype, query.dtype
     )
     return found
+
+
+def _choose_on_gpu(query: LayerQuery, machine: Machine) -> Choice:
+    """By sizes alone."""
+    refusals = machine.refusals(query)
+    kernel, reason = gpu_kernel(query, refusals)
+    candidates = [Candidate(name, None, refusal or UNMEASURED) for name, refusal in refusals]
+    candidates.append(Candidate(f"dense {query.dtype}", None, UNMEASURED))
+    return Choice(kernel, math.nan, math.nan, reason, tuple(candidates))
 
 
 def _candidates(query: LayerQuery, machine: Machine, table: Mapping[str, Any]) -> tuple[Candidate, ...]:

@@ -17,6 +17,8 @@ from vpns_kernels.geometry import ConvGeometry
 
 # csrc/cpu/weight_gradient.cpp takes single weights, if all are wanted, in blocks of this size.
 _SCORE_BLOCK = (32, 32)
+# By kernel, where it is not one of the CPU's.
+_BACKENDS = {"dense": "reference", "compact": "compact", "triton": "triton"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class TrainingChoice:
     def backends(self) -> tuple[str, str, str]:
         """Of sparse and masked layers: (forward, input gradient, weight gradient)."""
         forward, input_gradient, weight_gradient = (
-            {"dense": "reference", "compact": "compact"}.get(choice.kernel, "cpu")
+            _BACKENDS.get(choice.kernel, "cpu")
             for choice in (self.forward, self.input_gradient, self.weight_gradient)
         )
         return forward, input_gradient, weight_gradient
@@ -51,6 +53,10 @@ def choose_training(
         with_scores: the weight gradient is that of all units' scores (a masked layer in search), not that of
             the kept weights.
     """
+    if machine.is_gpu:
+        # One rule for all passes: each reads the same lists of blocks.
+        chosen = choose(query, machine)
+        return TrainingChoice(chosen, chosen, chosen)
     table = cost_table() if table is None else table
     return TrainingChoice(
         choose(query, machine, table),

@@ -70,7 +70,7 @@ def explain(
         size: of the input: (N, H, W) for a convolution, (N,) for a linear layer; not for a query.
         dtype: of the input; that of the weights by default.
         pattern: how the zeros of a torch layer are packed; unstructured by default.
-        machine, table: this machine and the shipped table by default.
+        machine, table: what the layer's tensors are on, and the shipped table, by default.
         quiet: return only.
 
     Raises:
@@ -83,12 +83,18 @@ def explain(
         'dense'
     """
     query = layer if isinstance(layer, LayerQuery) else _query(layer, size, dtype, pattern)
-    machine = machine or this_machine()
+    machine = machine or this_machine(_device_of(layer))
     at = break_even_density(query, machine, table)
     found = Explanation(query, machine, choose(query, machine, table), at)
     if not quiet:
         print(found)
     return found
+
+
+def _device_of(layer: nn.Module | LayerQuery) -> torch.device | None:
+    if isinstance(layer, LayerQuery):
+        return None
+    return next((parameter.device for parameter in layer.parameters()), None)
 
 
 def _query(
@@ -124,7 +130,7 @@ def _describe(query: LayerQuery, machine: Machine) -> str:
     blocks = f" {query.values_sizes[1]}x{query.values_sizes[2]}" if query.format == "block" else ""
     return (
         f"{filters}{strides}{groups} @{height}x{width}, batch {images}, {query.dtype}, "
-        f"{query.format}{blocks} at density {query.density:.3g}; {machine.isa}, {machine.threads} threads"
+        f"{query.format}{blocks} at density {query.density:.3g}; {machine}"
     )
 
 

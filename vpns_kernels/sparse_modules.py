@@ -18,7 +18,8 @@ from vpns_kernels.formats import Packed, pack, unpack
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops import _cpu
 from vpns_kernels.ops._torch import ACTS, autocast_input, finish
-from vpns_kernels.ops.sparse_conv2d import compact, sparse_conv2d
+from vpns_kernels.ops.registry import OPS
+from vpns_kernels.ops.sparse_conv2d import sparse_conv2d
 from vpns_kernels.ops.sparse_conv2d_fused import check_inputs, sparse_conv2d_fused
 from vpns_kernels.patterns import Pattern, Unstructured
 from vpns_kernels.runners import Runner, prepare
@@ -77,11 +78,14 @@ class _Sparse(nn.Module):
         return unpack(self.values.detach(), self.layout, self.geometry)
 
     def kernel_for(self, x: Tensor) -> str:
-        """Name of what runs this input without grad: a native kernel, "dense" (torch), or the backend."""
+        """Name of what runs this input without grad: a native kernel, "dense" (torch), or a backend."""
         image = x if x.dim() == 4 else x.reshape(-1, x.shape[-1], 1, 1)
         if _cpu.why_not(image, self.values, self.kernel) is None:
             return self._prepared_for(image).kernel
-        return "compact" if compact.why_not(image, self.values) is None else "reference"
+        g, act = self.geometry, self.act
+        sizes = (g.weight_shape, g.stride, g.padding, g.dilation, g.groups)
+        given = (image, self.values, list(self.layout), self.bias, None, *sizes, act, image.dtype)
+        return OPS["sparse_conv2d_fused"].resolve("auto", *given)
 
     def extra_repr(self) -> str:
         g = self.geometry
@@ -139,7 +143,7 @@ def _like(sparse: _Layer, dense: nn.Conv2d | nn.Linear) -> _Layer:
     sparse.values.requires_grad_(dense.weight.requires_grad)
     if sparse.bias is not None and dense.bias is not None:
         sparse.bias.requires_grad_(dense.bias.requires_grad)
-    return sparse.train(dense.training)
+    return sparse.train(dense.training).to(dense.weight.device)
 
 
 def _fill(dense: _Dense, sparse: _Sparse) -> _Dense:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vpns import cli, doctor
 from vpns.doctor import Finding, examine, is_healthy
@@ -80,3 +82,25 @@ def test_only_what_is_needed_decides() -> None:
 def test_an_unknown_option_is_refused(capsys: Capture) -> None:
     assert cli.main(["doctor", "--yaml"]) == cli.EXIT_ERROR
     assert "yaml" in capsys.readouterr().err
+
+
+def test_a_gpu_is_described_and_what_is_expected_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="H200", total_memory=141 << 30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = {finding.name: finding for finding in examine()}
+    assert found["gpu"].detail.startswith("H200, 141 GiB, compute capability 9.0")
+    assert found["gpu 2:4"].is_there
+    assert "kernels of" in found["triton"].detail
+    assert "sparse_conv2d" in found["triton"].detail
+    expected = found["expect block:32x32 bfloat16 on the gpu"]
+    assert expected.is_there
+    assert "no costs were measured on this GPU" in expected.detail
+    assert not found["expect unstructured bfloat16 on the gpu"].is_there
+
+
+def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_triton_version", lambda: None)
+    finding = next(one for one in examine() if one.name == "triton")
+    assert (finding.is_there, finding.detail) == (False, "not installed (extra [triton])")

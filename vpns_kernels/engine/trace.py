@@ -178,4 +178,4 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _find_kept(layer: SparseConv2d | SparseLinear) -> Tensor:
     """True where a weight is stored, be it zero or not."""
-    return unpack(torch.ones_like(layer.values), layer.layout, layer.geometry) != 0
+    return (unpack(torch.ones_like(layer.values), layer.layout, layer.geometry) != 0).cpu()

@@ -61,6 +61,14 @@ def build_layout(rows: Tensor, channels: Tensor, taps: Tensor, sizes: LayoutSize
     return indptr, index, indptr_t, index_t, permutation.to(torch.int32)
 
 
+def entry_rows(indptr: Tensor, count: int) -> Tensor:
+    """The row of each of `count` entries, int64, on the pointers' device; nothing waits for a GPU."""
+    rows = torch.arange(len(indptr) - 1, device=indptr.device)
+    # Where it does not know, a GPU would have to tell the host; a CPU counts, and checks.
+    size = count if indptr.is_cuda else None
+    return torch.repeat_interleave(rows, indptr.long().diff(), output_size=size)
+
+
 @dataclass(frozen=True)
 class LayoutSizes:
     """How many rows (output channels or block rows), input channels (or blocks) and taps a layout has."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpns_kernels.formats.base import LayoutSizes, build_layout, check_layout
+from vpns_kernels.formats.base import LayoutSizes, build_layout, check_layout, entry_rows
 from vpns_kernels.geometry import ConvGeometry
 
 
@@ -55,7 +54,7 @@ def pick(dense: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: Conv
 
 def places(layout: Sequence[Tensor], found: LayoutSizes) -> Tensor:
     """Flat place of each block among all blocks, int64 [count]."""
-    rows = torch.repeat_interleave(torch.arange(found.rows), layout[0].long().diff())
+    rows = entry_rows(layout[0], layout[1].numel())
     return rows * (found.channels_per_group * found.taps) + layout[1].long()
 
 

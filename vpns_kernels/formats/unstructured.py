@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from vpns_kernels.formats.base import LayoutSizes, build_layout, check_layout
+from vpns_kernels.formats.base import LayoutSizes, build_layout, check_layout, entry_rows
 from vpns_kernels.geometry import ConvGeometry
 
 
@@ -37,8 +36,8 @@ def pick(dense: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: Conv
 
 def places(layout: Sequence[Tensor], geometry: ConvGeometry) -> Tensor:
     """Flat place of each value in the dense weight, int64 [count]."""
-    K, C, R, S = geometry.weight_shape
-    rows = torch.repeat_interleave(torch.arange(K), layout[0].long().diff())
+    _, C, R, S = geometry.weight_shape
+    rows = entry_rows(layout[0], layout[1].numel())
     return rows * (C * R * S) + layout[1].long()
 
 
