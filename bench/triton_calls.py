@@ -211,7 +211,10 @@ def _selection(layer: Layer, dtype: str, pattern: str, batch: int) -> Iterator[R
     if DTYPES[dtype] == (torch.float32, False):
         scores = torch.zeros(layer.geometry.weight_shape)
         args = ([scores, scores], max(1, round(DENSITY * 2 * scores.numel())))
-        yield "selection", "run", args, _refusal("select_threshold", args)
+        refusal = _refusal("select_threshold", args)
+        yield "selection", "run", args, refusal
+        cut = ([scores, scores], torch.zeros(()), torch.zeros((), dtype=torch.int64))
+        yield "masks", "take_kept", cut, refusal
 
 
 _REQUESTS: dict[str, Callable[[Layer, str, str, int], Iterator[Request]]] = {

@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vpns_kernels import native
+from vpns_kernels.ops.registry import OPS
 from vpns_kernels.ops.select_threshold import select_threshold
 from vpns_kernels.patterns import NM, Pattern
 
 
-class Refresh(NamedTuple):
-    """New unit masks, and what selected them (saved beside the masks)."""
+class Refresh:
+    """New unit masks, and what selected them (saved beside the masks).
 
-    masks: list[Tensor]
-    threshold: float
-    ties_kept: int
-    kept: int
+    A GPU's numbers are read when they are asked for: a training step, which wants the masks alone, need not
+    wait for them.
+    """
+
+    def __init__(self, masks: list[Tensor], threshold: Tensor, ties_kept: Tensor, kept: Tensor) -> None:
+        self.masks = masks
+        self._numbers = threshold, ties_kept, kept
+
+    def refuse_nan(self) -> None:
+        """ValueError where a score was NaN: those masks mean nothing."""
+        if bool(self._numbers[0].isnan()):
+            raise ValueError("refresh_mask: expected scores without NaN, got NaN")
+
+    @property
+    def threshold(self) -> float:
+        """The smallest kept magnitude, or the largest that went; ValueError where a score was NaN."""
+        self.refuse_nan()
+        return float(self._numbers[0])
+
+    @property
+    def ties_kept(self) -> int:
+        """How many units whose magnitude is the threshold are kept."""
+        return int(self._numbers[1])
+
+    @property
+    def kept(self) -> int:
+        """How many units are kept in all."""
+        return int(self._numbers[2])
 
 
 @torch.no_grad()
@@ -44,7 +69,8 @@ def refresh_mask(
             "published" the largest that went, where some of its ties would have stayed.
 
     Raises:
-        ValueError: a density the pattern cannot have, an unknown rule, NaN scores, or no scores at all.
+        ValueError: a density the pattern cannot have, an unknown rule, no scores at all, or NaN scores (of a
+            GPU, when the threshold is read).
     """
     pattern.check_density(density)
     if rule not in ("exact", "published"):
@@ -52,57 +78,77 @@ def refresh_mask(
     if sum(tensor.numel() for tensor in scores) == 0:
         raise ValueError("refresh_mask: expected at least one score, got none")
     if isinstance(pattern, NM):
-        if any(bool(tensor.isnan().any()) for tensor in scores):
-            raise ValueError("refresh_mask: expected scores without NaN, got NaN")
-        masks = [pattern.keep_largest(tensor) for tensor in scores]
-        largest = torch.cat([tensor[mask] for tensor, mask in zip(scores, masks, strict=True)])
-        smallest = float(largest.abs().min())
-        return Refresh(masks, smallest, 0, largest.numel())
-    if rule == "published":
-        return _refresh_published(scores, density, backend)
-    threshold, ties_kept, kept = select_threshold(scores, density, backend=backend)
-    masks, _ = _take(scores, threshold, int(ties_kept))
-    return Refresh(masks, float(threshold), int(ties_kept), kept)
+        found = _refresh_groups(scores, pattern)
+    elif rule == "published":
+        found = _refresh_published(scores, density, backend)
+    else:
+        threshold, ties_kept, kept = select_threshold(scores, density, backend=backend, refuses_nan=False)
+        masks, ties_kept = _take(scores, threshold, ties_kept)
+        found = Refresh(masks, threshold, ties_kept, torch.tensor(kept))
+    if scores[0].device.type == "cpu":
+        found.refuse_nan()
+    return found
+
+
+def _refresh_groups(scores: Sequence[Tensor], pattern: NM) -> Refresh:
+    masks = [pattern.keep_largest(tensor) for tensor in scores]
+    pairs = [(mask, tensor) for mask, tensor in zip(masks, scores, strict=True) if tensor.numel() > 0]
+    # NaN sorts first, so it is kept, and it is the least of whatever it is among.
+    least = torch.stack([tensor.abs().where(mask, float("inf")).min() for mask, tensor in pairs]).min()
+    kept = torch.stack([mask.sum() for mask in masks]).sum()
+    return Refresh(masks, least, torch.zeros_like(kept), kept)
 
 
 def _refresh_published(scores: Sequence[Tensor], density: float, backend: str) -> Refresh:
     total = sum(tensor.numel() for tensor in scores)
-    pruned = int((1 - density) * total)
-    threshold, ties_kept, _ = select_threshold(scores, kept=total - pruned, backend=backend)
-    masks, ties = _take(scores, threshold, int(ties_kept))
+    wanted = total - int((1 - density) * total)
+    threshold, ties, _ = select_threshold(scores, kept=wanted, backend=backend, refuses_nan=False)
     # Ties that straddle the cut all go; otherwise the kept ones of that magnitude stay.
-    stays = ties == int(ties_kept)
-    if not stays:
-        masks, _ = _take(scores, threshold, 0)
-    kept = total - pruned - (0 if stays else int(ties_kept))
-    return Refresh(masks, float(threshold), ties if stays else 0, kept)
+    masks, ties_kept = _take(scores, threshold, ties, all_or_none=True)
+    return Refresh(masks, threshold, ties_kept, wanted - ties + ties_kept)
 
 
-def _take(scores: Sequence[Tensor], threshold: Tensor, ties_kept: int) -> tuple[list[Tensor], int]:
-    """Masks of |score| > threshold and the first `ties_kept` that equal it, and how many do."""
+def _take(
+    scores: Sequence[Tensor], threshold: Tensor, ties_kept: Tensor, all_or_none: bool = False
+) -> tuple[list[Tensor], Tensor]:
+    """Masks of |score| > threshold and the first `ties_kept` that equal it, and how many of those stay.
+
+    Args:
+        all_or_none: where not all ties would stay, none does.
+    """
     is_plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in scores)
     if is_plain and native.why_not() is None:
-        masks = [torch.empty(tensor.shape, dtype=torch.bool) for tensor in scores]
-        _, ties = native.library().take_kept(
-            [tensor.data_ptr() for tensor in scores],
-            [tensor.numel() for tensor in scores],
-            [mask.data_ptr() for mask in masks],
-            float(threshold),
-            ties_kept,
-            torch.get_num_threads(),
-        )
-        return masks, int(ties)
-    masks, ties = [], 0
-    for tensor in scores:
-        magnitude = tensor.detach().abs()
-        mask = magnitude > threshold
-        equal = magnitude == threshold
-        count = int(equal.sum())
-        if count <= ties_kept:
-            mask |= equal
-        else:
-            mask |= equal & (equal.flatten().cumsum(0).view_as(equal) <= ties_kept)
-        ties_kept -= min(count, ties_kept)
-        ties += count
-        masks.append(mask)
-    return masks, ties
+        masks, ties = _take_natively(scores, threshold, int(ties_kept))
+        if all_or_none and ties != int(ties_kept):
+            ties_kept = torch.zeros_like(ties_kept)
+            masks, _ = _take_natively(scores, threshold, 0)
+        return masks, ties_kept
+    triton = OPS["select_threshold"].module("triton")
+    if triton.why_not(scores, 1) is None:
+        found: tuple[list[Tensor], Tensor] = triton.take_kept(scores, threshold, ties_kept, all_or_none)
+        return found
+    magnitudes = [tensor.detach().abs() for tensor in scores]
+    equal = [magnitude == threshold for magnitude in magnitudes]
+    counts = torch.stack([ties.sum() for ties in equal])
+    if all_or_none:
+        ties_kept = ties_kept.where(counts.sum() == ties_kept, 0)
+    room = ties_kept - (counts.cumsum(0) - counts)
+    masks = [
+        (magnitude > threshold) | (ties & (ties.flatten().cumsum(0).view_as(ties) <= left))
+        for magnitude, ties, left in zip(magnitudes, equal, room, strict=True)
+    ]
+    return masks, ties_kept
+
+
+def _take_natively(scores: Sequence[Tensor], threshold: Tensor, ties_kept: int) -> tuple[list[Tensor], int]:
+    """The masks, and how many scores equal the threshold."""
+    masks = [torch.empty(tensor.shape, dtype=torch.bool) for tensor in scores]
+    _, ties = native.library().take_kept(
+        [tensor.data_ptr() for tensor in scores],
+        [tensor.numel() for tensor in scores],
+        [mask.data_ptr() for mask in masks],
+        float(threshold),
+        ties_kept,
+        torch.get_num_threads(),
+    )
+    return masks, int(ties)

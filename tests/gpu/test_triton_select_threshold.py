@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import select_threshold
+from vpns_kernels.ops._triton.chunks import pick_tiles
 from vpns_kernels.ops.registry import OPS
 from vpns_kernels.ops.select_threshold import reference
 
 TRITON = OPS["select_threshold"].module("triton")
-CHUNK, TILE = TRITON.pick_tiles().chunk, TRITON.pick_tiles().tile
+CHUNK, TILE = pick_tiles().chunk, pick_tiles().tile
 
 
 def found(scores: Sequence[Tensor], kept: int) -> tuple[float, int]:
@@ -82,10 +83,3 @@ def test_other_types_and_too_many_scores_are_refused(device: torch.device) -> No
     many = [torch.empty(2**30, device="meta")] * 2
     assert "it counts in 32 bits, got 2147483648 scores" in TRITON._module.why_not(many, 1)
     assert TRITON._module.why_not(many[:1], 1) is None
-
-
-def test_the_table_holds_every_score_once() -> None:
-    first, second, empty = torch.zeros(10), torch.zeros(4), torch.zeros(0)
-    rows = TRITON.chunk_table([first, empty, second], 4).tolist()
-    starts = [first.data_ptr() + 4 * place for place in (0, 4, 8)]
-    assert rows == [[starts[0], 4], [starts[1], 4], [starts[2], 2], [second.data_ptr(), 4]]

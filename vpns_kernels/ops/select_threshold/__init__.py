@@ -21,16 +21,22 @@ _OP = register_op(
 
 
 def select_threshold(
-    scores: Sequence[Tensor], density: float | None = None, *, kept: int | None = None, backend: str = "auto"
+    scores: Sequence[Tensor],
+    density: float | None = None,
+    *,
+    kept: int | None = None,
+    backend: str = "auto",
+    refuses_nan: bool = True,
 ) -> tuple[Tensor, Tensor, int]:
     """The magnitude at which a global mask of the given density cuts.
 
     Args:
         scores: tensors of any shapes, one dtype and device.
         density: kept fraction in (0, 1]; round-half-up(density · n) entries are kept. Or give `kept` itself.
+        refuses_nan: look for NaN at once, which waits for a GPU.
 
     Returns:
-        threshold: 0-dim tensor, the smallest kept magnitude.
+        threshold: 0-dim tensor, the smallest kept magnitude; NaN where a score is and that is not refused.
         ties_kept: 0-dim int64 tensor, how many entries equal to the threshold are kept.
         kept: how many entries are kept in all.
 
@@ -59,6 +65,6 @@ def select_threshold(
         raise ValueError(f"select_threshold: expected 1 <= kept <= {total}, got {kept}")
     resolved = _OP.resolve(backend, tensors, kept)
     threshold, ties_kept = call("select_threshold")(tensors, kept, resolved)
-    if not torch.compiler.is_compiling() and bool(threshold.isnan()):
+    if refuses_nan and not torch.compiler.is_compiling() and bool(threshold.isnan()):
         raise ValueError("select_threshold: expected scores without NaN, got NaN")
     return threshold, ties_kept, kept

@@ -9,15 +9,17 @@ the same in any order; nothing waits for the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vpns_kernels.ops._triton.chunks import chunk_table, pick_tiles
+from vpns_kernels.ops._triton.kept_masks import take_kept
 from vpns_kernels.ops._triton.launch import Launch
+
+__all__ = ["run", "take_kept", "why_not"]
 
 # The lowest bit of each pass: 31 = 8 + 8 + 8 + 7.
 SHIFTS = (23, 15, 7, 0)
@@ -25,20 +27,6 @@ BINS = tl.constexpr(256)
 _INFINITY = tl.constexpr(0x7F800000)
 # What passes leave for one another: settled bits, how many of those that agree are kept, the largest seen.
 _PREFIX, _RANK, _LARGEST, _STATE = (tl.constexpr(place) for place in range(4))
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Scores that a program reads in all and at once, and its warps."""
-
-    chunk: int
-    tile: int
-    warps: int
-
-
-def pick_tiles() -> Tiles:
-    """Sixteen scores a thread; chunks small enough that the last ones leave few multiprocessors idle."""
-    return Tiles(chunk=32768, tile=8192, warps=16)
 
 
 def why_not(scores: Sequence[Tensor], kept: int) -> str | None:
@@ -71,33 +59,14 @@ def run(scores: Sequence[Tensor], kept: int) -> tuple[Tensor, Tensor]:
     return threshold, ties_kept
 
 
-def chunk_table(tensors: Sequence[Tensor], chunk: int) -> Tensor:
-    """Address and length of each chunk, int64 [chunks, 2], where the tensors are."""
-    sizes = tuple((tensor.data_ptr(), tensor.numel()) for tensor in tensors)
-    return _chunk_table(sizes, tensors[0].element_size(), chunk, tensors[0].device)
-
-
-@lru_cache(maxsize=16)
-def _chunk_table(sizes: tuple[tuple[int, int], ...], size: int, chunk: int, device: torch.device) -> Tensor:
-    """Kept, because scores stay where they are from step to step; it holds nothing but these numbers."""
-    rows = [
-        (address + start * size, min(chunk, length - start))
-        for address, length in sizes
-        for start in range(0, length, chunk)
-    ]
-    # From pinned memory the copy is one more item in the stream's queue.
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
-
-
 @triton.jit
 def count_values(
     chunks_ptr, state_ptr, counts_ptr, SHIFT: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr
 ):
     """Of one chunk: how many scores have each value of bits [SHIFT, SHIFT + BITS) where those above agree."""
     chunk = tl.program_id(0).to(tl.int64)
-    scores_ptr = tl.load(chunks_ptr + 2 * chunk).to(tl.pointer_type(tl.float32))
-    length = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int32)
+    scores_ptr = tl.load(chunks_ptr + 3 * chunk).to(tl.pointer_type(tl.float32))
+    length = tl.load(chunks_ptr + 3 * chunk + 1).to(tl.int32)
     prefix = tl.load(state_ptr + _PREFIX)
     counts = tl.zeros((BINS,), tl.int32)
     largest = tl.zeros((TILE,), tl.int32)
