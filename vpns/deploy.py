@@ -1,4 +1,4 @@
-"""How does a finished run leave the trainer? As an engine, and measured against its dense self."""
+"""How does a finished run leave the trainer? As a CPU's engine, and measured against its dense self."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def export_run(folder: Path, config: RunConfig) -> None:
             failing disk).
     """
     context = open_finished(folder)
-    pruned, pattern = load_pruned(context), parse_pattern(config.pattern)
+    pruned, pattern = load_pruned(context).cpu(), parse_pattern(config.pattern)
     masks = _weight_masks(pruned, pattern)
     target = context.stage_folder("export") / "artifact"
     described, weights = _describe(context, pruned), pruned.network.state_dict()
@@ -77,7 +77,7 @@ def export_run(folder: Path, config: RunConfig) -> None:
 def bench_run(folder: Path, config: RunConfig) -> dict[str, Any]:
     """Time the pruned network against dense, at the own canvas and at 224 pixels, on 16 validation images."""
     context = open_finished(folder)
-    pruned, pattern = load_pruned(context), parse_pattern(config.pattern)
+    pruned, pattern = load_pruned(context).cpu(), parse_pattern(config.pattern)
     masks = _weight_masks(pruned, pattern)
     own = _network_input(context, pruned)
     common = nn.functional.interpolate(own, size=(_COMMON_SIZE, _COMMON_SIZE), mode="nearest")
@@ -88,7 +88,7 @@ def bench_run(folder: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def _inference(pruned: Pruned, network: nn.Module) -> nn.Module:
-    return Inference(pruned.prompt, network, pruned.is_prompted, pruned.label_map).cpu()
+    return Inference(pruned.prompt, network, pruned.is_prompted, pruned.label_map)
 
 
 def _compare(target: Path, found: Tensor, expected: Tensor) -> None:
@@ -141,5 +141,5 @@ def _describe(context: Context, pruned: Pruned) -> dict[str, Any]:
 def _network_input(context: Context, pruned: Pruned) -> Tensor:
     """What the network sees of the first validation images."""
     with torch.no_grad():
-        x: Tensor = pruned.prompt(_images(context, pruned).to(context.device), pruned.is_prompted)
-    return x.cpu()
+        x: Tensor = pruned.prompt(_images(context, pruned), pruned.is_prompted)
+    return x

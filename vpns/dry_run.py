@@ -16,6 +16,7 @@ from vpns.estimate import Counts, Rates, measure_rates, peak_bytes, stage_second
 from vpns.label_map import check_enough
 from vpns.models.published import split_name
 from vpns.models.weights import WEIGHT_LIBRARIES
+from vpns.stages.context import check_device
 
 _UNKNOWN = Counts(0, 0, 0)
 
@@ -26,6 +27,7 @@ def describe_run(config: RunConfig, folder: Path) -> str:
     Raises:
         ValueError: settings that a run would refuse.
     """
+    check_device(config.device)
     threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     data, counts = _describe_data(config)
@@ -45,6 +47,8 @@ def describe_cost(config: RunConfig, rates: Rates, counts: Counts, threads: int)
         lines.append(f"time: about {_time(sum(stages.values()))} with {threads} threads ({told})")
     else:
         lines.append("time: unknown without the data")
+    if torch.device(config.device).type != "cpu":
+        return [*lines, f"memory: not estimated on {config.device}"]
     peak = peak_bytes(config, rates, counts if counts.train else Counts(10**9, 0, 0))
     if peak is not None:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -35,12 +35,12 @@ def export_as(folder: Path, kind: Literal["onnx", "torch"]) -> Path:
         RuntimeError: what is read back does not compute what the run's network does (a defect).
     """
     context = open_finished(folder)
-    pruned = load_pruned(context)
+    pruned = load_pruned(context).cpu()
     images = _images(context, pruned)
     if kind == "torch":
         path = context.stage_folder("export") / "network.pth"
         replace_file(path, lambda tmp: torch.save(pruned.network.state_dict(), tmp))
-        plain = load_start(context).eval()
+        plain = load_start(context).eval().cpu()
         plain.load_state_dict(torch.load(path, weights_only=True))
         found = _inference(pruned, plain)(images)
     else:

@@ -36,6 +36,7 @@ from vpns.methods import find_method
 from vpns.observe import End, Observer
 from vpns.prompt import build_prompt
 from vpns.stages import STAGES, Context, Stage
+from vpns.stages.context import check_device
 from vpns.stages.networks import effective_prompt, stage_passes
 from vpns.state import SCHEMA_VERSION, StageRecord, finish_stage, list_outputs, lock_folder, read_stage
 from vpns_kernels.memory import keep_freed_memory
@@ -104,10 +105,7 @@ def check_settings(config: RunConfig) -> None:
     if published is not None and config.label_map.kind != "head":
         # Found before many images are decoded in vain.
         check_enough(config.model.source_classes, published.classes)
-    try:
-        torch.empty(0, device=config.device)
-    except RuntimeError as error:
-        raise ValueError(f"run: expected a device that torch has, got {config.device!r} ({error})") from error
+    check_device(config.device)
     if config.schedule != "joint":
         prompt = effective_prompt(config)
         is_learned = (

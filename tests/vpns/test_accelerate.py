@@ -156,17 +156,30 @@ def test_every_layer_is_told_its_backends_and_the_network_is_left_alone(
         set_backends(predictor.network, {"conv1": chosen["conv1"], "conv2": chosen["conv2"]})
 
 
-def test_on_another_device_torch_computes_and_the_reason_is_given(
-    tiny_task: ModuleType, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("spec", "backend", "reason"),
+    [
+        ("block:16x16", "triton", "triton: no costs were measured on this GPU; blocks of 16x16"),
+        ("block:4x4", "reference", "dense: no costs were measured on this GPU; triton: it takes blocks"),
+        ("unstructured", "reference", "triton: it takes block weights"),
+    ],
+)
+def test_on_a_gpu_the_layers_sizes_decide_and_the_reason_is_given(
+    tiny_task: ModuleType, monkeypatch: pytest.MonkeyPatch, spec: str, backend: str, reason: str
 ) -> None:
-    predictor = make_predictor(tiny_task, "framed", "block:4x4", "search").float()
+    predictor = make_predictor(tiny_task, "framed", spec, "search").float()
+    for layer in mask_modules(predictor.network).values():
+        # Of conv1 one block of nine, of the others none.
+        layer.mask.zero_()
+        layer.mask.view(-1)[0] = layer.mask.numel() > 1
     # The shapes are those of the CPU: torch's autocast, which layers ask, knows no meta device.
     shapes = vpns.accelerate._input_shapes(predictor, torch.zeros(5, 3, 12, 12))
     monkeypatch.setattr(vpns.accelerate, "_input_shapes", lambda *_: shapes)
     chosen = choose_backends(predictor, torch.zeros(5, 3, 12, 12, device="meta"))
     assert list(chosen) == ["conv1", "conv2", "fc"]
-    assert all(row["backends"] == ["reference"] * 3 for row in chosen.values())
-    assert "not of meta" in chosen["fc"]["reasons"]["forward"]
+    assert all(row["backends"] == [backend] * 3 for row in chosen.values())
+    assert reason in chosen["fc"]["reasons"]["forward"]
+    assert choose_backends(predictor, torch.zeros(5, 3, 12, 12, device="meta")) == chosen
 
 
 def test_a_run_leaves_what_was_fused_and_chosen_in_its_folder(tiny_task: ModuleType, tmp_path: Path) -> None:

@@ -38,10 +38,10 @@ def compare(arms: Sequence[Arm]) -> list[Comparison]:
 def count_operations(run: Run) -> tuple[int, int]:
     """Multiply-adds of one image: dense, and of what is left when channels are cut out."""
     context = open_finished(run.folder)
-    pruned = load_pruned(context)
+    pruned = load_pruned(context).cpu()
     canvas = run.config.prompt.canvas
     x = torch.zeros(1, 3, canvas, canvas)
-    networks = (load_source(context).eval(), shrink(pruned.network))
+    networks = (load_source(context).eval().cpu(), shrink(pruned.network))
     counts = []
     for network in networks:
         counter = FlopCounterMode(display=False)

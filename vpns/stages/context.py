@@ -18,6 +18,19 @@ from vpns.observe import Observer
 from vpns.state import StageRecord
 
 
+def check_device(device: str) -> None:
+    """Refuse before any work what torch cannot compute on.
+
+    Raises:
+        ValueError: torch has no such device; says why.
+    """
+    try:
+        torch.empty(0, device=device)
+    # A torch without CUDA asserts.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"run: expected a device that torch has, got {device!r} ({error})") from error
+
+
 @dataclass
 class Context:
     """A run while it works.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -28,6 +28,12 @@ class Pruned:
     prompt: Prompt
     label_map: LabelMap
     is_prompted: bool
+
+    def cpu(self) -> Pruned:
+        """The same, on the CPU; what was elsewhere is moved."""
+        return replace(
+            self, network=self.network.cpu(), prompt=self.prompt.cpu(), label_map=self.label_map.cpu()
+        )
 
 
 def load_pruned(context: Context) -> Pruned:
