@@ -13,92 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.triton_build import SHARED_BYTES, Row, Specialised, build, tile_key, why_no_wgmma
+from bench.triton_build import Row
 from bench.triton_calls import ARCHS, DTYPES, PATTERNS, Call, calls, distinct_layers, ops_with_triton
+from bench.triton_programs import Programs
 
 SCHEMA_VERSION = 1
-
-
-def compile_calls(found: Sequence[Call], jobs: int = 1, every_size: bool = False) -> list[Row]:
-    """One row for each distinct program that the calls start, with the calls that start it.
-
-    Args:
-        jobs: processes that compile; 1 is this one.
-        every_size: also programs that differ in nothing but which sizes are one or multiples of 16.
-    """
-    programs: dict[Any, Specialised] = {}
-    users: dict[Any, list[Call]] = defaultdict(list)
-    for call in found:
-        for launch in call.launches:
-            key = Specialised(launch, call.arch).key if every_size else tile_key(launch, call.arch)
-            if key not in programs:
-                programs[key] = Specialised(launch, call.arch)
-            users[key].append(call)
-    _waiting[:] = programs.values()
-    if jobs == 1:
-        built = [_build(number) for number in range(len(_waiting))]
-    else:
-        # Forked, for kernels and their sources do not travel to another process.
-        with multiprocessing.get_context("fork").Pool(jobs) as pool:
-            built = pool.map(_build, range(len(_waiting)), chunksize=1)
-    rows = [row | _uses(users[key]) for key, row in zip(programs, built, strict=True)]
-    return [row | {"no_wgmma": why_no_wgmma(row), "complaints": complaints(row)} for row in rows]
-
-
-_waiting: list[Specialised] = []
-
-
-def _build(number: int) -> Row:
-    program = _waiting[number]
-    try:
-        return build(program)
-    except Exception as error:
-        raise RuntimeError(
-            f"compile_calls: expected {program.source.name} to compile for sm_{program.target.arch} with "
-            f"{program.constants} and {program.signature}, got {type(error).__name__}: {error}"
-        ) from error
-
-
-def _uses(users: Sequence[Call]) -> Row:
-    return {
-        "is_main": any(call.is_main for call in users),
-        "passes": sorted({f"{call.op} {call.pass_name}" for call in users}),
-        "dtypes": sorted({call.dtype for call in users}),
-        "patterns": sorted({call.pattern for call in users} - {""}),
-        "layers": sorted({call.layer for call in users}),
-    }
-
-
-def complaints(row: Row) -> list[str]:
-    """What must not be in a row; main kernels have more to keep than others."""
-    found = []
-    limit = SHARED_BYTES[int(row["arch"].removeprefix("sm_"))]
-    if row["shared_bytes"] > limit:
-        found.append(f"{row['shared_bytes']} bytes of shared memory, there are {limit}")
-    if not row["is_main"]:
-        return found
-    if row["stack_bytes"] or row["local_bytes"]:
-        found.append(f"it spills {row['stack_bytes'] + row['local_bytes']} bytes")
-    if row["products"]:
-        if row["wgmma"] == row["mma_sync"] == 0:
-            found.append("its products are not on tensor cores")
-        elif row["arch"] == "sm_90" and row["wgmma"] == 0 and why_no_wgmma(row) is None:
-            found.append("its products are not wgmma")
-    return found
-
-
-def passes_without_product(found: Sequence[Call], rows: Sequence[Row]) -> list[str]:
-    """Main passes that start something of which nothing multiplies: their products would be nowhere."""
-    started = {f"{call.op} {call.pass_name}" for call in found if call.is_main and call.launches}
-    multiply = {name for row in rows if row["is_main"] and row["products"] for name in row["passes"]}
-    return sorted(started - multiply)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -174,20 +99,21 @@ def main() -> int:
     options = parser.parse_args()
     layers = [layer for layer in distinct_layers() if options.layers in layer.name]
     ops = options.ops or ops_with_triton()
-    found = list(calls(ops, layers, options.dtypes, options.patterns, options.archs, options.batch))
-    rows = compile_calls(found, options.jobs, options.every_size)
+    found = calls(ops, layers, options.dtypes, options.patterns, options.archs, options.batch)
+    programs = Programs(found, options.every_size)
+    rows = programs.compile(options.jobs)
     print(table(rows))
     wrong = [
         f"{row['kernel']} {row['arch']} {row['constants']}: {text}"
         for row in rows
         for text in row["complaints"]
     ]
-    wrong += [f"{name}: no kernel of it multiplies" for name in passes_without_product(found, rows)]
-    print(f"{len(found)} calls, {len(rows)} programs, {len(wrong)} complaints")
+    wrong += [f"{name}: no kernel of it multiplies" for name in programs.passes_without_product(rows)]
+    print(f"{len(programs.calls)} calls, {len(rows)} programs, {len(wrong)} complaints")
     print("\n".join(wrong))
     if options.json is not None:
         settings = {name: value for name, value in vars(options).items() if name not in ("json", "jobs")}
-        text = json.dumps(report(rows, found, settings), indent=1)
+        text = json.dumps(report(rows, programs.calls, settings), indent=1)
         options.json.write_text(text + "\n")
     return int(bool(wrong))
 

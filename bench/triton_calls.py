@@ -31,7 +31,7 @@ DTYPES = {
     "float32": (torch.float32, False),
 }
 HALVES = ("bfloat16", "float16")
-PATTERNS = ("block:64x64", "block:32x32", "channel", "unstructured")
+PATTERNS = ("block:64x64", "block:32x32", "channel")
 # Convolutions: their products belong on tensor cores.
 MAIN = ("sparse_conv2d", "sparse_conv2d_fused", "masked_conv2d", "prompt_conv2d")
 DENSITY, FRAME = 0.1, 16

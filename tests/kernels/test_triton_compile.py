@@ -13,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.compile_triton import compile_calls, complaints, passes_without_product, table
+from bench.compile_triton import table
 from bench.triton_build import Specialised, build, products, resources, tile_key, why_no_wgmma
 from bench.triton_calls import DTYPES, MAIN, Call, calls, distinct_layers, ops_with_triton
+from bench.triton_programs import Programs, complaints
 from vpns_kernels.ops._triton.backend import is_interpreted
 from vpns_kernels.ops._triton.launch import Launch, describe
 
@@ -101,13 +102,13 @@ def test_a_product_of_halves_is_found_on_tensor_cores(
     assert row["stack_bytes"] == row["local_bytes"] == 0
     assert 32 <= row["registers"] <= 255
     assert row["shared_bytes"] > 0
-    (row,) = compile_calls([call_of(multiplication(dtype=dtype), arch=arch)])
+    (row,) = Programs([call_of(multiplication(dtype=dtype), arch=arch)]).compile()
     assert row["complaints"] == []
 
 
 def test_what_spills_is_complained_of_in_main_kernels_only() -> None:
     launch = multiplication(rows=128, columns=256)
-    main, other = (compile_calls([call_of(launch, op)])[0] for op in ("sparse_conv2d", "channel_mask"))
+    main, other = (Programs([call_of(launch, op)]).compile()[0] for op in ("sparse_conv2d", "channel_mask"))
     assert main["stack_bytes"] > 0
     assert "spills" in main["complaints"][0]
     assert other["complaints"] == []
@@ -140,11 +141,12 @@ def test_small_tiles_have_a_reason_for_the_older_instruction() -> None:
 
 
 def test_a_pass_that_multiplies_nowhere_is_named() -> None:
-    call = call_of(multiplication())
+    programs = Programs([call_of(multiplication())])
     row = {"is_main": True, "products": [(64, 64)], "passes": ["sparse_conv2d forward"]}
-    assert passes_without_product([call], [row]) == []
-    assert passes_without_product([call], [row | {"products": []}]) == ["sparse_conv2d forward"]
-    assert passes_without_product([replace(call, dtype="float32")], []) == []
+    assert programs.passes_without_product([row]) == []
+    assert programs.passes_without_product([row | {"products": []}]) == ["sparse_conv2d forward"]
+    for other in ({"dtype": "float32"}, {"op": "channel_mask"}, {"refusal": "it takes others"}):
+        assert Programs([replace(call_of(multiplication()), **other)]).passes_without_product([]) == []
 
 
 def test_resources_and_products_are_read_from_what_the_tools_write() -> None:
@@ -158,7 +160,7 @@ def test_a_program_is_compiled_once_for_all_calls_that_start_it() -> None:
     launch = multiplication()
     same = replace(launch, args={**launch.args, "count": 256})
     found = [call_of(launch, arch=80), replace(call_of(same, arch=80), layer="resnet50.fc", dtype="float16")]
-    (row,) = compile_calls(found)
+    (row,) = Programs(found).compile()
     assert row["layers"] == ["resnet18.conv1", "resnet50.fc"]
     assert row["passes"] == ["sparse_conv2d forward"]
     assert "multiply" in table([row])
@@ -168,7 +170,8 @@ def test_one_size_stands_for_the_others_unless_all_are_wanted() -> None:
     launch = multiplication()
     sizes = [replace(launch, args={**launch.args, "count": count}) for count in (128, 100)]
     assert len({tile_key(size, 80) for size in sizes}) == 1
-    assert len(compile_calls([call_of(size, arch=80) for size in sizes], every_size=True)) == 2
+    found = [call_of(size, arch=80) for size in sizes]
+    assert len(Programs(found, every_size=True).compile()) == 2
     others = [
         replace(launch, constants={"ROWS": 64, "COLUMNS": 32}),
         replace(launch, args={**launch.args, "w_ptr": torch.empty(128, 64)}),
@@ -189,21 +192,21 @@ def test_every_layer_of_the_lists_is_taken_once() -> None:
 def test_the_kernels_of_an_op_compile_for_a_few_layers(op: str) -> None:
     layers = [layer for layer in distinct_layers() if layer.name in FEW.get(op, OTHERS)]
     dtype = "float32" if op == "select_threshold" else "bfloat16"
-    found = list(calls([op], layers, [dtype], ["block:64x64"], batch=32))
-    rows = compile_calls(found)
+    programs = Programs(calls([op], layers, [dtype], ["block:64x64"], batch=32))
+    rows = programs.compile()
     assert rows
     assert [row["complaints"] for row in rows if row["complaints"]] == []
-    assert passes_without_product(found, rows) == []
+    assert programs.passes_without_product(rows) == []
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("op", ops_with_triton())
 def test_every_kernel_of_an_op_compiles_for_every_layer_and_dtype(op: str) -> None:
-    found = list(calls([op], distinct_layers()))
-    rows = compile_calls(found)
+    programs = Programs(calls([op], distinct_layers()))
+    rows = programs.compile()
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
     assert not [(row["kernel"], row["constants"], row["complaints"]) for row in rows if row["complaints"]]
     if op in MAIN:
-        assert {call.dtype for call in found if call.launches} == set(DTYPES)
-    assert passes_without_product(found, rows) == []
+        assert {call.dtype for call in programs.calls if call.refusal is None} == set(DTYPES)
+    assert programs.passes_without_product(rows) == []
