@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._triton.launch import Launch
-from vpns_kernels.ops._triton.prompt_pixels import Pixels, load_pixels, outputs_at, taps_at
+from vpns_kernels.ops._triton.prompt_pixels import Pixels, load_pixels, outputs_at, outputs_from, taps_at
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,18 @@ class Tiles:
     stages: int
 
 
-def pick_tiles(geometry: ConvGeometry, dtype: torch.dtype) -> Tiles:
+def pick_tiles(geometry: ConvGeometry, source: str, dtype: torch.dtype) -> Tiles:
     """64 outputs for each group of four warps; taps by 16, so that two programs share a multiprocessor.
 
     A thread keeps an address and a predicate of each pixel that it gathers: with 32 taps they take all its
-    registers, and one program is alone with the latency of its loads.
+    registers, and one program is alone with the latency of its loads. Of a prompted canvas nothing is loaded
+    ahead: its prompt and colours are read again and again, and are near.
     """
+    stages = 1 if source == "prompted" else 2
     block_k = min(64, max(16, triton.next_power_of_2(geometry.out_channels)))
     if dtype == torch.float32:
-        return Tiles(64, block_k, block_t=16, warps=4, stages=2)
-    return Tiles(128, block_k, block_t=16, warps=8, stages=2)
+        return Tiles(64, block_k, 16, warps=4, stages=stages)
+    return Tiles(128, block_k, 16, warps=8, stages=stages)
 
 
 @triton.jit
@@ -78,7 +80,8 @@ def prompt_conv2d_fwd(
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    n, place, p, q = outputs_at(start, tl.arange(0, BLOCK_M), P, Q)
+    image, before = outputs_from(start, P, Q)
+    n, place, p, q = outputs_at(image, before + tl.arange(0, BLOCK_M), P, Q)
     # The first pixel of each output; beyond the last output it is far outside.
     y0 = tl.where(n < N, p * STRIDE_H - PAD_H, -(1 << 30))
     x0 = q * STRIDE_W - PAD_W
@@ -128,7 +131,7 @@ def convolve(
         offset: float32, [K] or [1, K, P, Q] channels_last, or None.
     """
     N, K, P, Q = y.shape
-    tiles = pick_tiles(geometry, weight.dtype)
+    tiles = pick_tiles(geometry, pixels.source, weight.dtype)
     kind = "none" if offset is None else "bias" if offset.dim() == 1 else "map"
     constants = {
         "OFFSET": kind,

@@ -18,11 +18,12 @@ from torch import Tensor
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._triton.columns import sum_rows
 from vpns_kernels.ops._triton.launch import Launch
-from vpns_kernels.ops._triton.prompt_pixels import Pixels, load_pixels, outputs_at, taps_at
+from vpns_kernels.ops._triton.prompt_pixels import Pixels, load_pixels, outputs_at, outputs_from, taps_at
 
 # Programs that fill the largest GPU, and steps below which a program is not worth its start.
 _PROGRAMS = 512
-_STEPS_PER_SPLIT = 8
+_STEPS_PER_SPLIT = 16
+_OUTPUTS = 32
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,18 @@ class Tiles:
     stages: int
 
 
-def pick_tiles(geometry: ConvGeometry, outputs: int, dtype: torch.dtype) -> Tiles:
+def pick_tiles(geometry: ConvGeometry, outputs: int) -> Tiles:
     """64 taps, a product's rows on tensor cores; as many splits of the outputs as keep a GPU busy.
 
-    Eight warps, so that a thread gathers few pixels and two programs share a multiprocessor.
+    Eight warps and 32 outputs, so that a thread gathers few pixels and two programs share a multiprocessor.
     """
     taps, K = 3 * geometry.kernel_size[0] * geometry.kernel_size[1], geometry.out_channels
     block_t, block_k = (min(64, max(16, triton.next_power_of_2(size))) for size in (taps, K))
-    block_m = 64 if dtype != torch.float32 else 32
     wanted = max(1, _PROGRAMS // (triton.cdiv(taps, block_t) * triton.cdiv(K, block_k)))
-    steps = triton.cdiv(outputs, block_m)
+    steps = triton.cdiv(outputs, _OUTPUTS)
     steps_per_split = max(1, triton.cdiv(steps, wanted), min(steps, _STEPS_PER_SPLIT))
     splits = max(1, triton.cdiv(steps, steps_per_split))
-    return Tiles(block_m, block_k, block_t, splits, steps_per_split * block_m, warps=8, stages=2)
+    return Tiles(_OUTPUTS, block_k, block_t, splits, steps_per_split * _OUTPUTS, warps=8, stages=2)
 
 
 @triton.jit
@@ -93,10 +93,12 @@ def prompt_conv2d_wgrad(
     steps = down.to(tl.int64) * stride_h + right.to(tl.int64) * stride_w + c.to(tl.int64) * stride_c
     outputs = N * (P * Q) + tl.zeros((), tl.int64)
     begin = split * outputs_per_split
-    end = tl.minimum(begin + outputs_per_split, outputs)
+    count = tl.minimum(outputs - begin, outputs_per_split).to(tl.int32)
+    image, before = outputs_from(begin, P, Q)
     acc = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
-    for start in range(begin, end, BLOCK_M):
-        n, _, p, q = outputs_at(start, tl.arange(0, BLOCK_M), P, Q)
+    for step in range(0, count, BLOCK_M):
+        offs_m = step + tl.arange(0, BLOCK_M)
+        n, _, p, q = outputs_at(image, before + offs_m, P, Q)
         # The first pixel of each output; beyond the last output it is far outside.
         y0 = tl.where(n < N, p * STRIDE_H - PAD_H, -(1 << 30))
         x0 = q * STRIDE_W - PAD_W
@@ -115,9 +117,8 @@ def prompt_conv2d_wgrad(
             SOURCE,
         )
         # A split ends with a tile, or with the outputs.
-        offs_m = start + tl.arange(0, BLOCK_M)
         mask_g = (n < N)[:, None] & (offs_k < K)[None, :]
-        grad = tl.load(grad_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask_g, other=0.0)
+        grad = tl.load(grad_ptr + (begin + offs_m)[:, None] * K + offs_k[None, :], mask=mask_g, other=0.0)
         acc = tl.dot(pixels.to(grad.dtype), grad, acc, input_precision=PRECISION)
     mask = (offs_t < TAPS)[:, None] & (offs_k < K)[None, :]
     tl.store(sums_ptr + (split * TAPS + offs_t[:, None]) * K + offs_k[None, :], acc, mask=mask)
@@ -130,7 +131,7 @@ def weight_gradient(parts: Sequence[tuple[Pixels, Tensor, str]], geometry: ConvG
         parts: pixels, a gradient [N, K, P, Q], channels_last, whose type is that of the products, and the
             products' precision.
     """
-    plans = [pick_tiles(geometry, grad.numel() // grad.shape[1], grad.dtype) for _, grad, _ in parts]
+    plans = [pick_tiles(geometry, grad.numel() // grad.shape[1]) for _, grad, _ in parts]
     taps, K = 3 * geometry.kernel_size[0] * geometry.kernel_size[1], geometry.out_channels
     count = sum(tiles.splits for tiles in plans)
     sums = torch.empty((count, taps * K), dtype=torch.float32, device=parts[0][1].device)
