@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))  # where this file is run and not imported
 
 from bench.bench_ops import LISTS, is_3x3, write_json  # noqa: E402
 from bench.gpu_layers import bench_gpu_layer  # noqa: E402
-from bench.gpu_networks import bench_gpu_network  # noqa: E402
+from bench.gpu_networks import Rivals, bench_gpu_network  # noqa: E402
 from bench.gpu_ops import bench_gpu_batch_norm, bench_gpu_prompt, bench_gpu_selection  # noqa: E402
-from bench.gpu_report import finish_row, merge, table  # noqa: E402
+from bench.gpu_report import finish_row, latest, merge, table  # noqa: E402
 from bench.gpu_targets import (  # noqa: E402
     BATCH,
     CHANNELS,
@@ -78,7 +78,7 @@ def plan_ops(device: torch.device) -> list[Job]:
 
 
 def plan_layers(device: torch.device) -> list[Job]:
-    """3x3 layers with many channels, which goals are about, then 1x1 layers, then the rest."""
+    """3x3 layers with many channels, which goals are about, 1x1 layers, the rest; then the compiler."""
     found = {name: read_layers(LISTS / f"{name}.txt") for name in ("resnet18", "resnet50", "vgg16")}
     distinct: dict[tuple[Any, ...], tuple[str, Layer]] = {}
     for network, layers in found.items():
@@ -98,9 +98,10 @@ def plan_layers(device: torch.device) -> list[Job]:
         return f"{network} {layer.name}", measure
 
     judged = [entry for entry in ranked if _rank(entry[1]) == 0]
-    autotuned = [job(network, layer, DENSITIES, True) for network, layer in judged]
+    goals = [job(network, layer, DENSITIES, False) for network, layer in judged]
     others = [job(network, layer, DENSITIES[:1], False) for network, layer in ranked if _rank(layer) > 0]
-    return [*autotuned, *others]
+    autotuned = [job(network, layer, DENSITIES, True) for network, layer in judged]
+    return [*goals, *others, *((f"{name} autotuned", measure) for name, measure in autotuned)]
 
 
 def _rank(layer: Layer) -> int:
@@ -123,20 +124,25 @@ def plan_steps(device: torch.device) -> list[Job]:
 
 
 def plan_network(model: str, device: torch.device) -> list[Job]:
-    """A network at every density of its goals, in turn with torch and its compiler."""
+    """A network: a tenth of its blocks against torch, then all that goals name against its compiler too."""
     from vpns_kernels.torchvision_import import import_torchvision
 
     forms = [(PATTERN, density) for density in DENSITIES]
     if model == "resnet50":
         forms += [("channel", density) for density in CHANNELS]
 
-    def measure() -> list[Row]:
+    @cache
+    def rivals(is_autotuned: bool) -> Rivals:
         torch.manual_seed(0)
         network = import_torchvision("models").get_model(model, weights=None)
         x = torch.randn(BATCH, 3, 224, 224, device=device)
-        return bench_gpu_network(model, network, forms, x, ROUNDS, is_autotuned=True)
+        return Rivals(model, network, x, is_autotuned)
 
-    return [(model, measure)]
+    def job(form: tuple[str, float], is_autotuned: bool) -> Job:
+        name = f"{form[0]} {form[1]:g}{' autotuned' if is_autotuned else ''}"
+        return name, lambda: [bench_gpu_network(rivals(is_autotuned), form, ROUNDS)]
+
+    return [job(forms[0], False), *(job(form, True) for form in forms)]
 
 
 def plan(part: str, device: torch.device) -> list[Job]:
@@ -145,32 +151,36 @@ def plan(part: str, device: torch.device) -> list[Job]:
     return plans[part](device) if part in plans else plan_network(part, device)
 
 
-def measure_part(jobs: Sequence[Job], device: torch.device, budget_s: float) -> Row:
-    """The rows of all jobs that are begun in time; one that stops says why, and the next goes on."""
+def measure_part(
+    jobs: Sequence[Job], device: torch.device, budget_s: float, save: Callable[[Row], object]
+) -> None:
+    """The rows of all jobs that are begun in time; one that stops says why, and the next goes on.
+
+    Args:
+        save: is given what is known after each job, so that it survives what stops a later one.
+    """
     stop_at = time.monotonic() + budget_s
     with measurement_lock():
         fingerprint, ceilings = gpu_fingerprint(device), measure_gpu_ceilings(device)
         rows: list[Row] = []
-        left_out, stopped = [], {}
+        found: Row = {"fingerprint": fingerprint, "ceilings": ceilings, "left_out": [], "stopped": {}}
         for name, measure in jobs:
             if time.monotonic() > stop_at:
-                left_out.append(name)
+                found["left_out"].append(name)
                 continue
             print(name, file=sys.stderr, flush=True)
             try:
-                rows += measure()
+                measured = measure()
             except (RuntimeError, NotImplementedError) as error:
-                stopped[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-                print(f"{name}: {stopped[name]}", file=sys.stderr, flush=True)
-    for row in rows:
-        finish_row(row, ceilings)
-    return {
-        "fingerprint": fingerprint,
-        "ceilings": ceilings,
-        "rows": rows,
-        "left_out": left_out,
-        "stopped": stopped,
-    }
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+                found["stopped"][name] = why
+                print(f"{name}: {why}", file=sys.stderr, flush=True)
+                measured = []
+            for row in measured:
+                finish_row(row, ceilings)
+            rows += measured
+            save(found | {"rows": latest(rows)})
+        save(found | {"rows": latest(rows)})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,9 +197,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True
     for part in measured:
         device = torch.device("cuda", torch.cuda.current_device())
-        found = measure_part(plan(part, device), device, options.budget)
-        report = merge(report, {part: found})
-        write_json(options.json, report)
+
+        def save(found: Row, part: str = part) -> None:
+            nonlocal report
+            report = merge(report, {part: found})
+            write_json(options.json, report)
+
+        measure_part(plan(part, device), device, options.budget, save)
     if "table" in options.parts:
         print(table(merge(report, {})))
     return 0

@@ -40,7 +40,7 @@ def bench_gpu_layer(
     """A row for each density and pass; in a pass, densities and engines take turns.
 
     Args:
-        is_autotuned: the compiler's best forward pass is an opponent too; it takes seconds to find.
+        is_autotuned: forward alone, with the compiler's best as an opponent too; it takes seconds to find.
 
     Raises:
         RuntimeError: a pass whose result is not that of the dense layer.
@@ -51,13 +51,13 @@ def bench_gpu_layer(
         phase: {CUDNN: call} for phase, call in _dense_passes(layer, x, grad, weight).items()
     }
     if is_autotuned:
-        calls["forward"][AUTOTUNED] = _autotuned(layer, x, weight)
+        calls = {"forward": calls["forward"] | {AUTOTUNED: _autotuned(layer, x, weight)}}
     densities_of = {}
     for density in densities:
         ours, real = _our_passes(layer, pattern, density, backend, x, grad, weight)
         densities_of[density] = real
-        for phase, call in ours.items():
-            calls[phase][_name(density)] = call
+        for phase in calls:
+            calls[phase][_name(density)] = ours[phase]
     rows = []
     for phase, contenders in calls.items():
         samples = interleave_recorded(contenders, rounds, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -22,73 +22,77 @@ from vpns_kernels.shrink import shrink
 # Largest error, of the largest output.
 _TOLERANCE = 0.1
 _WARM_UP = 3
+_CALIBRATION_IMAGES = 8
 Row = dict[str, Any]
 Form = tuple[str, float]
 
 
-def bench_gpu_network(
-    model: str,
-    network: nn.Module,
-    forms: Sequence[Form],
-    x: Tensor,
-    rounds: int,
-    is_autotuned: bool,
-    dtype: torch.dtype = torch.bfloat16,
-) -> list[Row]:
-    """A row for each pattern and density, all in turn with the dense engines.
+class Rivals:
+    """A dense network in the engines that ours is compared with.
 
     Args:
+        model: its name.
         network: with weights of any kind, on the CPU; drawn anew.
         x: [N, 3, H, W] float32 on the device.
+        is_autotuned: whether the compiler is asked for its best, which takes minutes to find.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        network: nn.Module,
+        x: Tensor,
+        is_autotuned: bool,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.model, self.x, self.dtype = model, x, dtype
+        self.dense = scale_weights(network)
+        # What Python costs between torch's kernels is not the opponent's fault: it is recorded too.
+        self.calls: dict[str, Callable[[], object]] = {
+            CUDNN: replayable(_eager(self.dense, x, dtype), x.device, 1)
+        }
+        if is_autotuned:
+            self.calls[AUTOTUNED] = _autotuned(self.dense, x, dtype)
+
+
+def bench_gpu_network(rivals: Rivals, form: Form, rounds: int) -> Row:
+    """One pattern and density, in turn with the dense engines.
 
     Raises:
         RuntimeError: outputs that are not the network's.
     """
-    dense = scale_weights(network)
-    few = x[:8].cpu()
-    # What Python costs between torch's kernels is not the opponent's fault: it is recorded too.
-    calls: dict[str, Callable[[], object]] = {CUDNN: replayable(_eager(dense, x, dtype), x.device, 1)}
-    if is_autotuned:
-        calls[AUTOTUNED] = _autotuned(dense, x, dtype)
-    found = {}
-    for pattern, density in forms:
-        kind = parse_pattern(pattern)
-        pruned = prune_randomly(dense, kind, density, 0, few)
-        engine = compile(shrink(pruned) if isinstance(kind, Channel) else pruned, x, dtype=dtype)
-        with torch.no_grad():
-            truth = pruned.to(x.device).float()(x[:2]).float()
-        error = float((engine(x)[:2] - truth).abs().max() / truth.abs().max())
-        if not error <= _TOLERANCE:
-            raise RuntimeError(f"bench_gpu_network: expected the outputs of {model}, got an error of {error}")
-        found[pattern, density] = engine, error
-        given = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        calls[f"{pattern} {density:g}"] = lambda engine=engine, given=given: engine(given)  # type: ignore[misc]
+    (pattern, density), x, dtype = form, rivals.x, rivals.dtype
+    kind = parse_pattern(pattern)
+    pruned = prune_randomly(rivals.dense, kind, density, 0, x[:_CALIBRATION_IMAGES].cpu())
+    engine = compile(shrink(pruned) if isinstance(kind, Channel) else pruned, x, dtype=dtype)
+    with torch.no_grad():
+        truth = pruned.to(x.device)(x[:2])
+    error = float((engine(x)[:2] - truth).abs().max() / truth.abs().max())
+    if not error <= _TOLERANCE:
+        raise RuntimeError(
+            f"bench_gpu_network: expected the outputs of {rivals.model}, got an error of {error}"
+        )
+    given = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    calls: dict[str, Callable[[], object]] = {**rivals.calls, "ours": lambda: engine(given)}
     samples = interleave(
         {name: _awaited(call, x.device) for name, call in calls.items()}, rounds, warmup=_WARM_UP
     )
-    rivals = [name for name in (CUDNN, AUTOTUNED) if name in samples]
-    rows = []
-    for (pattern, density), (engine, error) in found.items():
-        sample = samples[f"{pattern} {density:g}"]
-        report = engine.explain(quiet=True)
-        rows.append(
-            {
-                "model": model,
-                "pattern": pattern,
-                "density": density,
-                "batch": len(x),
-                "size": x.shape[-1],
-                "dtype": str(dtype)[6:],
-                "ours": sample.to_dict(),
-                "dense": {name: samples[name].to_dict() for name in rivals},
-                "ratios": {name: asdict(compare(samples[name], sample)) for name in rivals},
-                "best_dense": min(rivals, key=lambda name: samples[name].median_ms),
-                "max_rel_err": error,
-                "sparse_flops_frac": report.sparse_flops_share,
-                "layers": report.rows(),
-            }
-        )
-    return rows
+    ours, report = samples["ours"], engine.explain(quiet=True)
+    return {
+        "model": rivals.model,
+        "pattern": pattern,
+        "density": density,
+        "batch": len(x),
+        "size": x.shape[-1],
+        "dtype": str(dtype)[6:],
+        "ours": ours.to_dict(),
+        "dense": {name: samples[name].to_dict() for name in rivals.calls},
+        "ratios": {name: asdict(compare(samples[name], ours)) for name in rivals.calls},
+        "best_dense": min(rivals.calls, key=lambda name: samples[name].median_ms),
+        "max_rel_err": error,
+        "sparse_flops_frac": report.sparse_flops_share,
+        "layers": report.rows(),
+    }
 
 
 def _awaited(call: Callable[[], object], device: torch.device) -> Callable[[], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from bench.gpu_layers import add_roofline
@@ -18,6 +19,11 @@ def finish_row(row: Row, ceilings: dict[str, float]) -> None:
         add_roofline(row, ceilings)
     elif "least_mb" in row:
         row["copy_frac"] = 1e-3 * row["least_mb"] / ceilings["copy_tb_per_s"] / row["ours"]["median_ms"]
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Without rows that were measured again later, against more opponents."""
+    return list({tuple(row.get(key) for key in _KEYS): row for row in rows}.values())
 
 
 def merge(report: Row, measured: dict[str, Row]) -> Row:

@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:?set OUT to a folder for the results}
 PYTHON=${PYTHON:-python3}
-LIMIT_S=${LIMIT_S:-535} # of the whole
+LIMIT_S=${LIMIT_S:-535} # of the whole; NETWORK_S, where it is set, of each network
 mkdir -p "$OUT"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 parts=${*:-build test sanitize ops layers resnet18 steps resnet50 vgg16_bn table}
@@ -51,10 +51,10 @@ for part in $parts; do
       ;;
     ops) bench ops 40 25 ;;
     layers) bench layers 90 70 ;;
-    resnet18) bench resnet18 100 100 ;;
+    resnet18) bench resnet18 "${NETWORK_S:-100}" "${NETWORK_S:-100}" ;;
     steps) bench steps 60 40 ;;
-    resnet50) bench resnet50 120 120 ;;
-    vgg16_bn) bench vgg16_bn 100 100 ;;
+    resnet50) bench resnet50 "${NETWORK_S:-120}" "${NETWORK_S:-120}" ;;
+    vgg16_bn) bench vgg16_bn "${NETWORK_S:-100}" "${NETWORK_S:-100}" ;;
     table) "$PYTHON" -m bench.bench_gpu table --json "$OUT/gpu.json" || failed=1 ;;
     *) echo "on_gpu.sh: expected parts as in its first lines, got $part" >&2; exit 2 ;;
   esac

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench.bench_gpu import PARTS, main, plan
+from bench import bench_gpu
+from bench.bench_gpu import PARTS, main, measure_part, plan
 from bench.gpu_layers import PASSES, bench_gpu_layer
-from bench.gpu_networks import bench_gpu_network
+from bench.gpu_networks import Rivals, bench_gpu_network
 from bench.gpu_ops import bench_gpu_batch_norm, bench_gpu_prompt, bench_gpu_selection
-from bench.gpu_report import finish_row, merge, table
+from bench.gpu_report import finish_row, latest, merge, table
 from bench.gpu_targets import AUTOTUNED, CUDNN, PATTERN, gpu_targets
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.measure.gpu import gpu_fingerprint, interleave_recorded, measure_gpu_ceilings
@@ -115,7 +116,8 @@ def test_networks_are_compared_in_turn_and_say_why_each_layer_runs_so() -> None:
     )
     forms = [("block:4x4", 0.5), ("channel", 0.5)]
     x = torch.randn(2, 3, 8, 8)
-    rows = bench_gpu_network("tiny", network, forms, x, 2, is_autotuned=False, dtype=torch.float32)
+    rivals = Rivals("tiny", network, x, is_autotuned=False, dtype=torch.float32)
+    rows = [bench_gpu_network(rivals, form, 2) for form in forms]
     assert [(row["pattern"], row["density"]) for row in rows] == forms
     for row in rows:
         assert set(row["ratios"]) == {CUDNN}
@@ -137,6 +139,32 @@ def test_parts_are_replaced_when_they_are_measured_again_and_the_table_names_wha
     assert "stopped c: OutOfMemory" in text
     assert "left out for want of time: b" in text
     assert "not measured: 2" in text
+
+
+def test_jobs_that_stop_say_why_and_what_was_measured_before_is_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_gpu, "measure_gpu_ceilings", lambda device: CEILINGS)
+
+    def stops() -> list[dict[str, Any]]:
+        raise RuntimeError("out of\n memory")
+
+    def selects() -> list[dict[str, Any]]:
+        return bench_gpu_selection([LAYER], 0.1, CPU, 1, ["reference"])
+
+    saved: list[dict[str, Any]] = []
+    measure_part([("a", selects), ("b", stops), ("c", selects)], CPU, 60.0, saved.append)
+    assert [len(found["rows"]) for found in saved] == [1, 1, 1, 1]
+    assert saved[-1]["stopped"] == {"b": "RuntimeError: out of memory"}
+    assert saved[-1]["rows"][0]["copy_frac"] > 0
+    measure_part([("a", selects)], CPU, -1.0, saved.append)
+    assert (saved[-1]["rows"], saved[-1]["left_out"]) == ([], ["a"])
+
+
+def test_what_is_measured_against_more_opponents_takes_the_place_of_what_was() -> None:
+    first = layer_row("forward", 0.1, layer="a", ratios={CUDNN: {"median": 2.0}})
+    again, other = layer_row("forward", 0.1, layer="a"), layer_row("forward", 0.1, layer="b")
+    assert latest([first, other, again]) == [again, other]
 
 
 def test_every_part_has_jobs_and_none_begins_without_a_gpu(tmp_path: Path) -> None:

@@ -84,9 +84,10 @@ class GpuEngine(Engine):
         """Seconds that each step takes, each alone and repeated."""
         tensors = self._run(x, None)
         seconds = [0.0] * len(self.plan.steps)
-        for part in self._parts:
-            ms = measure_ms(lambda part=part: part.run(dict(tensors), None, 0, None), self.device)  # type: ignore[misc]
-            seconds[part.steps.start] = ms / 1e3
+        with torch.no_grad():
+            for part in self._parts:
+                ms = measure_ms(lambda part=part: part.run(dict(tensors), None, 0, None), self.device)  # type: ignore[misc]
+                seconds[part.steps.start] = ms / 1e3
         return seconds
 
     def _compute(self, x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,17 @@ class KernelKind:
     make: Callable[[LayerWeights], LayerKernel]
 
 
+@contextmanager
+def _measured_algorithms() -> Iterator[None]:
+    """cuDNN times its algorithms when it first sees a size, instead of guessing."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class _Dense:
     """torch's convolution, or product, and then what follows."""
 
@@ -48,7 +60,9 @@ class _Dense:
         if self._matrix is not None:
             y = multiply_pixels(weights, x, self._matrix)
         else:
-            y = F.conv2d(x, weights.dense, weights.rounded_bias, g.stride, g.padding, g.dilation, g.groups)
+            sizes = (g.stride, g.padding, g.dilation, g.groups)
+            with _measured_algorithms():
+                y = F.conv2d(x, weights.dense, weights.rounded_bias, *sizes)
         return weights.finish(y, residual)
 
 
@@ -63,9 +77,10 @@ class _DenseFused:
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         weights, g = self._weights, self._weights.step.geometry
         sizes = (list(g.stride), list(g.padding), list(g.dilation), g.groups)
-        if residual is None:
-            return torch.cudnn_convolution_relu(x, weights.dense, self._bias, *sizes)
-        return torch.cudnn_convolution_add_relu(x, weights.dense, residual, 1.0, self._bias, *sizes)
+        with _measured_algorithms():
+            if residual is None:
+                return torch.cudnn_convolution_relu(x, weights.dense, self._bias, *sizes)
+            return torch.cudnn_convolution_add_relu(x, weights.dense, residual, 1.0, self._bias, *sizes)
 
 
 def _why_not_fused(weights: LayerWeights) -> str | None:
@@ -142,7 +157,8 @@ class _Compact:
         shape = (len(x), g.out_channels, *g.output_size(*x.shape[2:]))
         y = None
         if self._values.numel():
-            y = F.conv2d(gathered, self._values, self._bias, g.stride, g.padding, g.dilation)
+            with _measured_algorithms():
+                y = F.conv2d(gathered, self._values, self._bias, g.stride, g.padding, g.dilation)
         if y is None or self._kept_out is not None:
             whole = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
             whole.copy_(self._rest.expand(shape))

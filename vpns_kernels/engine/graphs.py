@@ -53,11 +53,10 @@ class CudaRecorder:
             for _ in range(_WARM_UP):
                 work()
             self._stream.synchronize()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
+            # Other threads may go on with what they do on the device.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
                 result = work()
-            finally:
-                graph.capture_end()
         self._pool = graph.pool()
         return result, graph.replay
 
