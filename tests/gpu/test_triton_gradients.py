@@ -120,7 +120,7 @@ def test_a_masked_layer_gets_gradients_of_its_input_and_of_all_scores(
     assert_within(found[1], expected, pattern.reduce_sum(weight.double().abs() * scale), torch.float32)
 
 
-@pytest.mark.parametrize("spec", ["block:32x16", "block:16x64", "block:128x128"])
+@pytest.mark.parametrize("spec", ["block:32x16", "block:16x64", "block:64x64"])
 def test_blocks_of_unequal_sides_and_beyond_the_weight_get_their_gradients(
     spec: str, device: torch.device
 ) -> None:
@@ -158,7 +158,7 @@ def test_a_hostile_layout_is_refused_before_a_kernel_sees_it(device: torch.devic
     [
         (ConvGeometry(32, 32, (3, 3), groups=2), "block:16x16", "groups=1, got 2"),
         (ConvGeometry(32, 32, (3, 3), (3, 3)), "block:16x16", r"strides of 1 and 2, got \(3, 3\)"),
-        (ConvGeometry(32, 32, (3, 3)), "block:8x4", "sides of 16, 32, 64, 128, got 8x4"),
+        (ConvGeometry(32, 32, (3, 3)), "block:8x4", "sides of 16, 32, 64, got 8x4"),
         (ConvGeometry(32, 32, (3, 3), dilation=(200, 1)), "block:16x16", "taps within 127 steps"),
         (ConvGeometry(32, 32, (3, 3)), "unstructured", "it takes masks of blocks"),
     ],

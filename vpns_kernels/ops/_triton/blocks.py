@@ -19,7 +19,7 @@ from vpns_kernels.ops._triton.block_conv import BlockWeight
 from vpns_kernels.ops._triton.block_lists import BlockLists, list_blocks
 from vpns_kernels.ops._triton.taps import list_taps, pack_tap
 
-_SIDES = (16, 32, 64, 128)
+_SIDES = (16, 32, 64)
 _MOST_BLOCKS = 1 << 16
 
 

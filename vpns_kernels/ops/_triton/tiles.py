@@ -52,13 +52,18 @@ def pick_tiles(
         block: channels of an output and of an input block.
         capability: major number of the device's compute capability.
     """
-    # Float32 takes twice the memory, and in full precision far more registers.
+    # Float32 takes twice the memory.
     most = 128 if dtype.itemsize == 2 else 64
+    # Before Hopper the operands of products lie in registers as well as the sums: seen to spill with more.
+    is_crowded = capability < 9 and max(block) >= 64
+    if is_crowded:
+        most //= 2
     # Products of a warp group have 64 rows; fewer would leave lanes idle.
-    pixels = pick_pixels(sizes, most, least=64)
+    pixels = pick_pixels(sizes, most, least=min(most, 64))
     stage_bytes = (pixels.size + block[0]) * block[1] * dtype.itemsize
+    sum_bytes = pixels.size * block[0] * dtype.itemsize
     # Before Hopper every thread holds addresses of its own: four warps would spill.
-    warps = 8 if capability < 9 or pixels.size * block[0] > 64 * 128 else 4
+    warps = 8 if capability < 9 or sum_bytes > 2 * 64 * 128 else 4
     return Tiles(pixels, warps, pick_stages(stage_bytes, capability))
 
 
@@ -87,9 +92,11 @@ def pick_gradient_tiles(
         sizes: N, P, Q of the output's gradient.
         tile: filters and channels of a program.
     """
-    pixels = pick_pixels(sizes, 64 if dtype.itemsize == 2 else 32, least=16)
+    is_crowded = capability < 9 and min(tile) >= 64
+    most = (64 if dtype.itemsize == 2 else 32) // (2 if is_crowded else 1)
+    pixels = pick_pixels(sizes, most, least=16)
     stage_bytes = pixels.size * (tile[0] + tile[1]) * dtype.itemsize
-    warps = 8 if tile[0] * tile[1] > 64 * 128 else 4
+    warps = 8 if is_crowded or tile[0] * tile[1] > 64 * 128 else 4
     return Tiles(pixels, warps, pick_stages(stage_bytes, capability))
 
 

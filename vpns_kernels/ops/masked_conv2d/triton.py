@@ -28,7 +28,7 @@ def why_not(
     dilation: Pair,
     groups: int,
 ) -> str | None:
-    """Masks of blocks of 16 to 128 channels a side, strides of 1 and 2, no groups."""
+    """Masks of blocks of 16 to 64 channels a side, strides of 1 and 2, no groups."""
     kind = parse_pattern(pattern)
     if not isinstance(kind, Block):
         return f"it takes masks of blocks, got {kind.spec} (dense products serve it: reference)"

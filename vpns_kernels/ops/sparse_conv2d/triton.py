@@ -15,7 +15,7 @@ from vpns_kernels.ops._triton.rows import empty_activation
 def why_not(
     x: Tensor, values: Tensor, layout: Sequence[Tensor], bias: Tensor | None, *sizes: object
 ) -> str | None:
-    """Blocks of 16 to 128 channels a side, strides of 1 and 2, no groups."""
+    """Blocks of 16 to 64 channels a side, strides of 1 and 2, no groups."""
     return blocks.why_not_packed(x, values, sizes)
 
 

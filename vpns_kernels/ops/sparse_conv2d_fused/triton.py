@@ -20,7 +20,7 @@ def why_not(
     residual: Tensor | None,
     *rest: object,
 ) -> str | None:
-    """Blocks of 16 to 128 channels a side, strides of 1 and 2, no groups."""
+    """Blocks of 16 to 64 channels a side, strides of 1 and 2, no groups."""
     *sizes, _, _ = rest
     return blocks.why_not_packed(x, values, sizes)
 
