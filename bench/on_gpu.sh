@@ -34,13 +34,16 @@ bounded() { # seconds, name, command...
 }
 
 # The settings in pyproject.toml name a plugin that such a machine may lack.
-PYTEST=("$PYTHON" -m pytest -c /dev/null --rootdir . -q -p no:cacheprovider --import-mode=importlib)
+PYTEST=("$PYTHON" -m pytest -c /dev/null --rootdir . -v --tb=short -p no:cacheprovider --import-mode=importlib)
+# Kernels are compiled by the CPU when they are first met: by several processes, where there is the plugin for it.
+AT_ONCE=()
+if "$PYTHON" -c "import xdist" 2>/dev/null; then AT_ONCE=(-n "${TEST_WORKERS:-8}"); fi
 bench() { bounded "$2" "$1" "$PYTHON" -m bench.bench_gpu "$1" --json "$OUT/gpu.json" --budget "$3"; }
 
 for part in $parts; do
   case $part in
     build) bounded 120 build "$PYTHON" setup.py build_ext --inplace ;;
-    test) bounded 120 test "${PYTEST[@]}" tests/gpu tests/kernels/test_cuda.py -m "not long" ;;
+    test) bounded 120 test "${PYTEST[@]}" "${AT_ONCE[@]}" --durations 8 tests/gpu tests/kernels/test_cuda.py ;;
     sanitize)
       if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 bounded 60 sanitize "$sanitizer" --tool memcheck --error-exitcode 9 \
