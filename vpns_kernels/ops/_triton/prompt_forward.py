@@ -1,10 +1,10 @@
-"""y[n, p, q, k] = Σ over taps t of canvas[n, pixel of t at (p, q)] · weight[t, k] + offset[p, q, k].
+"""y[n, p, q, k] = Σ over taps t of canvas[n, pixel of t at p, q] · weight[t, k] + bias[k] (or map[p, q, k]).
 
 An implicit product of matrices: a program takes BLOCK_M outputs of one or more images and BLOCK_K channels,
 and goes over the taps (r, s, c), packed without gaps, by BLOCK_T at a time. It gathers their pixels
 [BLOCK_M, BLOCK_T] from the images where they lie, in any strides; the canvas is nowhere in memory. A program
-whose outputs see no image, but a frame alone, multiplies nothing. The offset is a bias, or a map of what the
-frame adds to each place.
+whose outputs see no image, but a frame alone, multiplies nothing. The map is what a frame around the images
+adds to each place, and the bias; it is read where outputs see anything beyond the image.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def prompt_conv2d_fwd(
     table_ptr,
     prompt_ptr,
     weight_ptr,  # [TAPS, K]
-    offset_ptr,  # [K] or [P, Q, K], float32
+    bias_ptr,  # [K], float32
+    map_ptr,  # [P, Q, K], float32
     y_ptr,  # [N, P, Q, K]
     height,
     width,
@@ -63,7 +64,8 @@ def prompt_conv2d_fwd(
     K,
     P,
     Q,
-    OFFSET: tl.constexpr,  # "none", "bias" or "map"
+    HAS_BIAS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
     SOURCE: tl.constexpr,
     TAPS: tl.constexpr,
     S: tl.constexpr,
@@ -112,29 +114,40 @@ def prompt_conv2d_fwd(
         weight = tl.load(weight_ptr + offs_t[:, None] * K + offs_k[None, :], mask=mask_w, other=0.0)
         acc = tl.dot(pixels.to(weight.dtype), weight, acc, input_precision=PRECISION)
     mask = (n < N)[:, None] & (offs_k < K)[None, :]
-    if OFFSET == "bias":
-        acc += tl.load(offset_ptr + offs_k, mask=offs_k < K, other=0.0)[None, :]
-    elif OFFSET == "map":
+    offset = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    if HAS_BIAS:
+        offset += tl.load(bias_ptr + offs_k, mask=offs_k < K, other=0.0)[None, :]
+    if HAS_MAP:
+        sees_more = (y0 < 0) | (y0 + reach_h >= height) | (x0 < 0) | (x0 + reach_w >= width)
         places = place.to(tl.int64)[:, None] * K + offs_k[None, :]
-        acc += tl.load(offset_ptr + places, mask=mask, other=0.0)
+        beyond = tl.load(map_ptr + places, mask=mask & sees_more[:, None], other=0.0)
+        offset = tl.where(sees_more[:, None], beyond, offset)
+    acc += offset
     offs_m = start + tl.arange(0, BLOCK_M)
     tl.store(y_ptr + offs_m[:, None] * K + offs_k[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def convolve(
-    pixels: Pixels, weight: Tensor, offset: Tensor | None, y: Tensor, geometry: ConvGeometry, precision: str
+    pixels: Pixels,
+    weight: Tensor,
+    bias: Tensor | None,
+    frame_map: Tensor | None,
+    y: Tensor,
+    geometry: ConvGeometry,
+    precision: str,
 ) -> None:
     """Write y [N, K, P, Q], channels_last.
 
     Args:
         weight: [R, S, 3, K], contiguous, of the type of products.
-        offset: float32, [K] or [1, K, P, Q] channels_last, or None.
+        bias: [K], float32, or None.
+        frame_map: [1, K, P, Q], float32, channels_last, bias included, or None.
     """
     N, K, P, Q = y.shape
     tiles = pick_tiles(geometry, pixels.source, weight.dtype)
-    kind = "none" if offset is None else "bias" if offset.dim() == 1 else "map"
     constants = {
-        "OFFSET": kind,
+        "HAS_BIAS": bias is not None,
+        "HAS_MAP": frame_map is not None,
         **pixels.constants(geometry),
         "PRECISION": precision,
         "BLOCK_M": tiles.block_m,
@@ -144,7 +157,8 @@ def convolve(
     args = {
         **pixels.args,
         "weight_ptr": weight,
-        "offset_ptr": weight if offset is None else offset,
+        "bias_ptr": weight if bias is None else bias,
+        "map_ptr": weight if frame_map is None else frame_map,
         "y_ptr": y,
         "N": N,
         "K": K,

@@ -70,13 +70,13 @@ def run(
     geometry = ConvGeometry(3, len(weight), (weight.shape[2], weight.shape[3]), stride, padding, dilation)
     canvas = _Canvas(image, prompt, frame, variant, mean, std, dtype)
     filters = _filters(weight, dtype)
-    offset = None if bias is None else bias.detach().float().contiguous()
+    wide_bias = None if bias is None else bias.detach().float().contiguous()
+    frame_map, precision = None, dot_precision(dtype)
     if canvas.has_ring:
         frame_map = _empty_output(1, geometry, canvas, torch.float32)
-        convolve(canvas.ring, filters, offset, frame_map, geometry, dot_precision(dtype))
-        offset = frame_map
+        convolve(canvas.ring, filters, wide_bias, None, frame_map, geometry, precision)
     y = _empty_output(len(image), geometry, canvas, dtype)
-    convolve(canvas.images, filters, offset, y, geometry, dot_precision(dtype))
+    convolve(canvas.images, filters, wide_bias, frame_map, y, geometry, precision)
     return y
 
 
