@@ -77,7 +77,7 @@ def iterate_epoch(
             generator = torch.Generator().manual_seed(
                 derive_seed(seed, stage, "augment", epoch, iteration, number)
             )
-            part = split.select(orders[number][iteration].to(split.labels.device))
+            part = split.select(orders[number][iteration])
             stored = part.images_for(crop_from(size) if kind.augmented and data.crop else size)
             images = make_batch(
                 stored, size, generator if kind.augmented else None, flip=data.flip, crop=data.crop
@@ -94,4 +94,6 @@ def iterate_split(split: Split, size: int, prompted: bool, batch_size: int = 256
 
 
 def _order(split: Split, seed: int) -> Tensor:
-    return torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    """Where the labels are, for the whole epoch: a copy for each batch would wait for the device."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    return order.to(split.labels.device)

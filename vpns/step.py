@@ -46,10 +46,11 @@ def train_step(learner: Learner, parts: Sequence[Batch]) -> tuple[float, int]:
     for part in map(learner.group.share, parts):
         logits = learner.label_map(learner.predictor(part.images, part.prompted))
         loss = F.cross_entropy(logits, part.labels, reduction="sum") / count
-        _expect_finite(loss.item(), "loss")
+        # The one look at results: from here on a GPU has work while the next batch is made.
+        seen, hits = torch.stack([loss.detach(), (logits.argmax(1) == part.labels).sum()]).tolist()
+        _expect_finite(seen, "loss")
         loss.backward()
-        total += loss.item()
-        right += int((logits.argmax(1) == part.labels).sum())
+        total, right = total + seen, right + hits
     learner.group.add_gradients(learner.predictor.parameters())
     learner.optimizer.step()
     learner.refresh()

@@ -57,8 +57,13 @@ def _cut(images: Tensor, size: int, generator: torch.Generator, flip: bool) -> T
     if flip:
         is_flipped = torch.rand(count, 1, generator=generator, device=device) < 0.5
         columns = torch.where(is_flipped, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
+    rows, columns = _send(rows, images.device), _send(columns, images.device)
     batch = torch.arange(count, device=images.device)
     # The indices put the channels last: [N, size, size, 3].
     cut = images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return cut.permute(0, 3, 1, 2).contiguous()
+
+
+def _send(drawn: Tensor, device: torch.device) -> Tensor:
+    """On the device; a GPU's copy is queued, so that nobody waits for what it still computes."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
