@@ -7,6 +7,7 @@ python bench/readme.py --check   exit 1 where the README says something else
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +19,19 @@ DENSITIES = (0.2, 0.1, 0.05)
 # Pixels and batch of the training that is shown, and its density.
 TRAINED, TRAINED_DENSITY = (224, 32), 0.1
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+SPEED, ACCURACY = (
+    ("<!-- speed:begin -->", "<!-- speed:end -->"),
+    ("<!-- accuracy:begin -->", "<!-- accuracy:end -->"),
+)
+EXPERIMENTS = ("arms", "exp1", "exp2", "exp3")
 
 
 def main(arguments: Sequence[str]) -> int:
-    text = README.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    wanted = f"{head}{BEGIN}\n{render()}\n{END}{tail}"
+    text = wanted = README.read_text()
+    for (begin, end), tables in ((SPEED, render()), (ACCURACY, render_experiments())):
+        head, rest = wanted.split(begin)
+        _, tail = rest.split(end)
+        wanted = f"{head}{begin}\n{tables}\n{end}{tail}"
     if "--check" in arguments:
         if wanted != text:
             print("README.md differs from bench/results: run python bench/readme.py", file=sys.stderr)
@@ -42,6 +48,34 @@ def render() -> str:
     parts += [render_memory(path) for path in sorted(RESULTS.glob("memory-*.json"))]
     parts += [render_training(path) for path in sorted(RESULTS.glob("train-*.json"))]
     return "\n\n".join(parts)
+
+
+def render_experiments() -> str:
+    """What each experiment that was done asked, and found."""
+    paths = [path for name in EXPERIMENTS for path in sorted(RESULTS.glob(f"{name}-*.json"))]
+    return "\n\n".join(map(render_experiment, paths))
+
+
+def render_experiment(path: Path) -> str:
+    """Its question, and a row for each comparison."""
+    report = json.loads(path.read_text())
+    source = f"({_where(report['machine'])}; {_link(path)})"
+    lines = [
+        f"{report['question']} `vpns reproduce {report['experiment']}` {source}:",
+        "",
+        "| | difference in points (95 %) | p | pairs of runs | could be seen |",
+        "|---|---|---|---|---|",
+    ]
+    for test in report["tests"]:
+        # Arms are lettered.
+        first, second = (
+            re.sub(r"^([a-d])_", r"(\1) ", test[name]).replace("_", " ") for name in ("first", "second")
+        )
+        name = f"{second} against {first}{' (primary)' if test['is_primary'] else ''}"
+        points = f"{test['difference']:+.1f} ({test['low']:+.1f} to {test['high']:+.1f})"
+        numbers = f"{test['p_value']:.2g} | {test['pairs']} | {test['detectable']:.1f}"
+        lines.append(f"| {name} | {points} | {numbers} |")
+    return "\n".join(lines)
 
 
 def render_layers(path: Path) -> str:
