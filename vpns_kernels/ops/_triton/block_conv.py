@@ -106,8 +106,6 @@ def _start(
         "P": P,
         "Q": Q,
         "K": K,
-        **_strides("y", target),
-        **_strides("r", target if residual is None else residual),
     }
     constants = {
         "READ_CLASSES": len(sources),
@@ -129,12 +127,6 @@ def _start(
     Launch(_convolve_kernel, grid, args, constants, tiles.warps, tiles.stages).run()
 
 
-def _strides(name: str, activation: Tensor) -> dict[str, int]:
-    """Of images, rows and columns of a channels_last activation, as kernels name them."""
-    n, _, p, q = activation.stride()
-    return {f"stride_{name}n": n, f"stride_{name}p": p, f"stride_{name}q": q}
-
-
 @triton.jit
 def _convolve_kernel(
     x_0,
@@ -153,12 +145,6 @@ def _convolve_kernel(
     P,
     Q,
     K,
-    stride_yn,
-    stride_yp,
-    stride_yq,
-    stride_rn,
-    stride_rp,
-    stride_rq,
     READ_CLASSES: tl.constexpr,
     STEP_P: tl.constexpr,
     STEP_Q: tl.constexpr,
@@ -179,7 +165,8 @@ def _convolve_kernel(
     LISTS: tl.constexpr = READ_CLASSES * STEP_P * STEP_Q + 1
     phase_p, phase_q = tl.program_id(1) // STEP_Q, tl.program_id(1) % STEP_Q
     rows, columns = tl.cdiv(P - phase_p, STEP_P), tl.cdiv(Q - phase_q, STEP_Q)
-    out = tl.load(order_ptr + tl.program_id(0) % outputs)
+    rank = tl.program_id(0) % outputs
+    out = tl.load(order_ptr + rank)
     box = tl.program_id(0) // outputs
     # Boxes are counted as for the first class, the largest.
     boxes_q, boxes_p = tl.cdiv(tl.cdiv(Q, STEP_Q), BLOCK_Q), tl.cdiv(tl.cdiv(P, STEP_P), BLOCK_P)
@@ -190,7 +177,7 @@ def _convolve_kernel(
     acc = tl.zeros((PIXELS, BLOCK_OUT), dtype=tl.float32)
     sources = (x_0, x_1, x_2, x_3)
     for cls in tl.static_range(READ_CLASSES):
-        list_ptr = starts_ptr + out * LISTS + cls + tl.program_id(1)
+        list_ptr = starts_ptr + rank * LISTS + cls + tl.program_id(1)
         begin, end = tl.load(list_ptr), tl.load(list_ptr + 1)
         # One ahead: a load whose place another load of the same round tells would not be under way early.
         entry = tl.load(entries_ptr + begin)
@@ -220,16 +207,16 @@ def _convolve_kernel(
     q = q0 + pixel % BLOCK_Q
     k = out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     mask = ((n < N) & (p < rows) & (q < columns))[:, None] & (k < K)[None, :]
-    n, p, q = n.to(tl.int64), p * STEP_P + phase_p, q * STEP_Q + phase_q
+    # Channels_last, without gaps: of y and of the residual alike.
+    row = (n.to(tl.int64) * P + p * STEP_P + phase_p) * Q + q * STEP_Q + phase_q
+    offs = row[:, None] * K + k[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + k, mask=k < K, other=0).to(tl.float32)[None, :]
     if HAS_RESIDUAL:
-        offs_r = (n * stride_rn + p * stride_rp + q * stride_rq)[:, None] + k[None, :]
-        acc += tl.load(residual_ptr + offs_r, mask=mask, other=0).to(tl.float32)
+        acc += tl.load(residual_ptr + offs, mask=mask, other=0).to(tl.float32)
     if ACT > 0:
         # A NaN stays one, as in torch.
         acc = tl.where(acc < 0, 0.0, acc)
     if ACT > 1:
         acc = tl.where(acc > 6, 6.0, acc)
-    offs_y = (n * stride_yn + p * stride_yp + q * stride_yq)[:, None] + k[None, :]
-    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)

@@ -64,12 +64,12 @@ class PackedBlocks:
     @cached_property
     def forward(self) -> BlockLists:
         """The lists of the forward pass."""
-        return list_blocks(self.table, self.geometry, is_input_gradient=False)
+        return list_blocks(self.table, self.geometry, is_input_gradient=False).longest_first()
 
     @cached_property
     def backward(self) -> BlockLists:
         """The lists of the input's gradient."""
-        return list_blocks(self.table, self.geometry, is_input_gradient=True)
+        return list_blocks(self.table, self.geometry, is_input_gradient=True).longest_first()
 
     @cached_property
     def gradients(self) -> tuple[Tensor, tuple[int, ...], Tensor]:
@@ -119,13 +119,6 @@ def packed_weight(values: Tensor, dtype: torch.dtype) -> BlockWeight:
     # A descriptor has no empty axis; no list names the block that stands in.
     found = values.detach().to(dtype) if len(values) else values.new_zeros((1, bk, bc), dtype=dtype)
     return BlockWeight(found.contiguous(), (bk, bc), is_packed=True)
-
-
-def mask_table(mask: Tensor) -> Tensor:
-    """The table of a mask [K blocks, C blocks, R, S], in which a block's number is its tap."""
-    flat = mask.flatten(2)
-    numbers = torch.arange(flat.shape[2], dtype=torch.int32, device=mask.device)
-    return torch.where(flat, numbers, -1).to(torch.int32).contiguous()
 
 
 def dense_blocks(weight: Tensor, dtype: torch.dtype) -> Tensor:

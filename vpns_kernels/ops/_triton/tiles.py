@@ -9,7 +9,10 @@ import torch
 
 # Bytes of shared memory that a program may take, by compute capability; A100's where nothing else is known.
 _SHARED_BYTES = {8: 160 * 1024, 9: 220 * 1024}
-_MOST_STAGES = 5
+# Lists of kept blocks are short: programs that share a multiprocessor hide more than loads of one.
+_LIST_STAGES = 3
+# Sums over pixels are long.
+_PIXEL_STAGES = 5
 # Four for each multiprocessor of an H200.
 _PROGRAMS = 4 * 132
 # Fewer would cost more to sum up than to compute.
@@ -64,7 +67,7 @@ def pick_tiles(
     sum_bytes = pixels.size * block[0] * dtype.itemsize
     # Before Hopper every thread holds addresses of its own: four warps would spill.
     warps = 8 if capability < 9 or sum_bytes > 2 * 64 * 128 else 4
-    return Tiles(pixels, warps, pick_stages(stage_bytes, capability))
+    return Tiles(pixels, warps, pick_stages(stage_bytes, _LIST_STAGES, capability))
 
 
 def pick_pixels(sizes: tuple[int, int, int], most: int, least: int) -> PixelTile:
@@ -77,10 +80,10 @@ def pick_pixels(sizes: tuple[int, int, int], most: int, least: int) -> PixelTile
     return min(boxes, key=lambda box: (box.count(*sizes) * box.size, -box.size, -box.columns, -box.rows))
 
 
-def pick_stages(stage_bytes: int, capability: int) -> int:
-    """Loads under way: as many as fit in shared memory, at least two."""
+def pick_stages(stage_bytes: int, most: int, capability: int) -> int:
+    """Loads under way: up to `most` where they fit in shared memory, at least two."""
     room = _SHARED_BYTES.get(capability, _SHARED_BYTES[8])
-    return max(2, min(_MOST_STAGES, room // stage_bytes))
+    return max(2, min(most, room // stage_bytes))
 
 
 def pick_gradient_tiles(
@@ -97,7 +100,7 @@ def pick_gradient_tiles(
     pixels = pick_pixels(sizes, most, least=16)
     stage_bytes = pixels.size * (tile[0] + tile[1]) * dtype.itemsize
     warps = 8 if is_crowded or tile[0] * tile[1] > 64 * 128 else 4
-    return Tiles(pixels, warps, pick_stages(stage_bytes, capability))
+    return Tiles(pixels, warps, pick_stages(stage_bytes, _PIXEL_STAGES, capability))
 
 
 def pick_split(programs: int, boxes: int) -> int:

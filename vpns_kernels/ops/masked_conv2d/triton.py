@@ -53,7 +53,7 @@ def run(
     geometry = blocks.build_geometry(weight.shape, stride, padding, dilation, groups)
     shape = (x.shape[0], geometry.out_channels, *geometry.output_size(*x.shape[2:]))
     y = empty_activation(shape, x.dtype, x.device)
-    lists = list_blocks(blocks.mask_table(mask), geometry, is_input_gradient=False)
+    lists = list_blocks(mask.flatten(2).contiguous(), geometry, is_input_gradient=False)
     epilogue = block_conv.Epilogue(bias)
     block_conv.convolve(x, _weight(weight, pattern, x.dtype), lists, geometry, y, epilogue)
     return y
@@ -74,7 +74,7 @@ def run_input_gradient(
     """As x, channels_last: the same kernel with the transposed weight."""
     geometry = blocks.build_geometry(weight.shape, stride, padding, dilation, groups)
     grad_x = empty_activation(tuple(x.shape), x.dtype, x.device)
-    lists = list_blocks(blocks.mask_table(mask), geometry, is_input_gradient=True)
+    lists = list_blocks(mask.flatten(2).contiguous(), geometry, is_input_gradient=True)
     block_conv.input_gradient(grad, _weight(weight, pattern, x.dtype), lists, geometry, grad_x)
     return grad_x
 
