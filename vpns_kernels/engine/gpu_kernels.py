@@ -53,16 +53,19 @@ class _Dense:
     def __init__(self, weights: LayerWeights) -> None:
         self._weights, g = weights, weights.step.geometry
         is_product = g.kernel_size == (1, 1) and g.groups == 1 and g.padding == (0, 0)
+        # A matrix of pixels' products, or the filters.
         self._matrix = weights.dense.flatten(1).contiguous() if is_product else None
+        self._filters = None if is_product else weights.dense
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         weights, g = self._weights, self._weights.step.geometry
         if self._matrix is not None:
             y = multiply_pixels(weights, x, self._matrix)
         else:
+            assert self._filters is not None
             sizes = (g.stride, g.padding, g.dilation, g.groups)
             with _measured_algorithms():
-                y = F.conv2d(x, weights.dense, weights.rounded_bias, *sizes)
+                y = F.conv2d(x, self._filters, weights.rounded_bias, *sizes)
         return weights.finish(y, residual)
 
 

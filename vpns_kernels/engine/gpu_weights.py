@@ -44,7 +44,10 @@ class LayerWeights:
         """Of a convolution or linear layer of a plan."""
         assert step.x is not None
         assert step.output is not None
-        return cls(step, device, plan.values[step.x].dtype, plan.values[step.output].dtype)
+        found = cls(step, device, plan.values[step.x].dtype, plan.values[step.output].dtype)
+        # Small, and read by whoever runs the layer: not to be made in the midst of a call.
+        _ = found.rounded_bias, found.constant
+        return found
 
     @property
     def stored(self) -> Packed:

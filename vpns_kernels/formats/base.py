@@ -65,7 +65,7 @@ def entry_rows(indptr: Tensor, count: int) -> Tensor:
     """The row of each of `count` entries, int64, on the pointers' device; nothing waits for a GPU."""
     rows = torch.arange(len(indptr) - 1, device=indptr.device)
     # Where it does not know, a GPU would have to tell the host; a CPU counts, and checks.
-    size = count if indptr.is_cuda else None
+    size = None if indptr.device.type == "cpu" else count
     return torch.repeat_interleave(rows, indptr.long().diff(), output_size=size)
 
 

@@ -101,7 +101,7 @@ def validate(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -
     """
     if values.dtype not in _VALUE_DTYPES:
         raise ValueError(f"layout: expected values in one of {_VALUE_DTYPES}, got {values.dtype}")
-    if not (layout and layout[0].is_cuda):
+    if not layout or layout[0].device.type == "cpu":
         _format(values).validate(values, layout, geometry)
         return
     # On the CPU, and once: a look at a GPU's arrays at each call would make the host wait.
