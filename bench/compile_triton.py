@@ -19,9 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import triton
+
 from bench.triton_build import Row
 from bench.triton_calls import ARCHS, DTYPES, PATTERNS, Call, calls, distinct_layers, ops_with_triton
 from bench.triton_programs import Programs
+from vpns_kernels.measure.fingerprint import fingerprint
 
 SCHEMA_VERSION = 1
 
@@ -60,25 +63,35 @@ def _range(counts: Sequence[int]) -> str:
     return str(least) if least == most else f"{least}-{most}"
 
 
-def report(rows: Sequence[Row], found: Sequence[Call], settings: dict[str, Any]) -> dict[str, Any]:
-    """What the file holds."""
-    import triton
+def report(rows: Sequence[Row], found: Sequence[Call], about: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds.
 
-    from vpns_kernels.measure.fingerprint import fingerprint
-
-    about = fingerprint()
-    about["versions"]["triton"] = triton.__version__
+    Args:
+        about: the machine and the command.
+    """
     refusals = sorted(
         {(c.op, c.pass_name, c.dtype, c.pattern, c.refusal) for c in found if c.refusal is not None}
     )
     names = ("op", "pass", "dtype", "pattern", "reason")
     return {
         "schema_version": SCHEMA_VERSION,
-        "fingerprint": about,
-        "settings": settings,
+        **about,
         "refusals": [dict(zip(names, refusal, strict=True)) for refusal in refusals],
         "rows": list(rows),
     }
+
+
+def _about(options: argparse.Namespace) -> dict[str, Any]:
+    """Taken before the work: the sources that were compiled are those of now."""
+    found = fingerprint()
+    found["versions"]["triton"] = triton.__version__
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "jobs")}
+    return {"fingerprint": found, "settings": settings}
+
+
+def _tell(done: int, count: int) -> None:
+    if done % 50 == 0 or done == count:
+        print(f"{done} of {count} programs", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -97,11 +110,12 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     options = parser.parse_args()
+    about = _about(options)
     layers = [layer for layer in distinct_layers() if options.layers in layer.name]
     ops = options.ops or ops_with_triton()
     found = calls(ops, layers, options.dtypes, options.patterns, options.archs, options.batch)
     programs = Programs(found, options.every_size)
-    rows = programs.compile(options.jobs)
+    rows = programs.compile(options.jobs, _tell)
     print(table(rows))
     wrong = [
         f"{row['kernel']} {row['arch']} {row['constants']}: {text}"
@@ -112,8 +126,7 @@ def main() -> int:
     print(f"{len(programs.calls)} calls, {len(rows)} programs, {len(wrong)} complaints")
     print("\n".join(wrong))
     if options.json is not None:
-        settings = {name: value for name, value in vars(options).items() if name not in ("json", "jobs")}
-        text = json.dumps(report(rows, programs.calls, settings), indent=1)
+        text = json.dumps(report(rows, programs.calls, about), indent=1)
         options.json.write_text(text + "\n")
     return int(bool(wrong))
 

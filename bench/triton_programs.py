@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from bench.triton_build import SHARED_BYTES, Row, Specialised, build, tile_key, why_no_wgmma
@@ -33,20 +34,25 @@ class Programs:
                     self._programs[key] = Specialised(launch, call.arch)
                 self._users[key].append(outline)
 
-    def compile(self, jobs: int = 1) -> list[Row]:
+    def compile(self, jobs: int = 1, progress: Callable[[int, int], None] = lambda *_: None) -> list[Row]:
         """One row for each program, with the calls that start it.
 
         Args:
             jobs: processes that compile; 1 is this one.
+            progress: told after each program how many are done, and how many there are.
         """
         _waiting[:] = self._programs.values()
-        numbers = range(len(_waiting))
-        if jobs == 1:
-            built = [_build(number) for number in numbers]
-        else:
-            # Forked, for kernels and their sources do not travel to another process.
-            with multiprocessing.get_context("fork").Pool(jobs) as pool:
-                built = pool.map(_build, numbers, chunksize=1)
+        built: list[Row] = []
+        with ExitStack() as stack:
+            if jobs == 1:
+                made: Iterable[Row] = map(_build, range(len(_waiting)))
+            else:
+                # Forked, for kernels and their sources do not travel to another process.
+                pool = stack.enter_context(multiprocessing.get_context("fork").Pool(jobs))
+                made = pool.imap(_build, range(len(_waiting)))
+            for row in made:
+                built.append(row)
+                progress(len(built), len(_waiting))
         rows = [row | _uses(self._users[key]) for key, row in zip(self._programs, built, strict=True)]
         return [row | {"no_wgmma": why_no_wgmma(row), "complaints": complaints(row)} for row in rows]
 
