@@ -88,20 +88,20 @@ def plan_layers(device: torch.device) -> list[Job]:
                 distinct.setdefault(key, (network, layer))
     ranked = sorted(distinct.values(), key=lambda entry: _rank(entry[1]))
 
-    def job(network: str, layer: Layer, densities: Sequence[float], is_autotuned: bool) -> Job:
+    def job(network: str, layer: Layer, densities: Sequence[float], **options: Any) -> Job:
         def measure() -> list[Row]:
-            rows = bench_gpu_layer(
-                layer, BATCH, PATTERN, densities, device, ROUNDS, is_autotuned=is_autotuned
-            )
+            rows = bench_gpu_layer(layer, BATCH, PATTERN, densities, device, ROUNDS, **options)
             return [{"network": network} | row for row in rows]
 
         return f"{network} {layer.name}", measure
 
     judged = [entry for entry in ranked if _rank(entry[1]) == 0]
-    goals = [job(network, layer, DENSITIES, False) for network, layer in judged]
-    others = [job(network, layer, DENSITIES[:1], False) for network, layer in ranked if _rank(layer) > 0]
-    autotuned = [job(network, layer, DENSITIES, True) for network, layer in judged]
-    return [*goals, *others, *((f"{name} autotuned", measure) for name, measure in autotuned)]
+    goals = [job(network, layer, DENSITIES) for network, layer in judged]
+    others = [job(network, layer, DENSITIES[:1]) for network, layer in ranked if _rank(layer) > 0]
+    search = [job(network, layer, DENSITIES[:1], stage="search") for network, layer in judged]
+    autotuned = [job(network, layer, DENSITIES, is_autotuned=True) for network, layer in judged]
+    last = ((f"{name} autotuned", measure) for name, measure in autotuned)
+    return [*goals, *((f"{name} search", measure) for name, measure in search), *others, *last]
 
 
 def _rank(layer: Layer) -> int:

@@ -83,7 +83,7 @@ def _layer_goal(rows: Sequence[Row], phase: str, density: float) -> Row:
     mine = [
         row
         for row in rows
-        if (row["pass"], row["pattern"], row["density"]) == (phase, PATTERN, density)
+        if (row["stage"], row["pass"], row["pattern"], row["density"]) == ("tune", phase, PATTERN, density)
         and row["kernel_size"] == [3, 3]
         and row["in_channels"] >= LEAST_CHANNELS
     ]
@@ -97,6 +97,7 @@ def _layer_goal(rows: Sequence[Row], phase: str, density: float) -> Row:
 def _pointwise_goal(rows: Sequence[Row]) -> Row:
     """The least of the layers; one whose ratio is enough counts as if it had the whole bandwidth."""
     mine = [row for row in rows if row["kernel_size"] == [1, 1] and row["pattern"] == PATTERN]
+    mine = [row for row in mine if row["stage"] == "tune"]
     shares = []
     for row in mine:
         ratio, wanted = _ratio(row, (CUDNN,)), LAYERS[row["pass"]].get(row["density"])

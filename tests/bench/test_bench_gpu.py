@@ -14,9 +14,10 @@ from torch import nn
 
 from bench import bench_gpu
 from bench.bench_gpu import PARTS, main, measure_part, plan
-from bench.gpu_layers import PASSES, bench_gpu_layer
+from bench.gpu_layers import bench_gpu_layer
 from bench.gpu_networks import Rivals, bench_gpu_network
 from bench.gpu_ops import bench_gpu_batch_norm, bench_gpu_prompt, bench_gpu_selection
+from bench.gpu_passes import PASSES
 from bench.gpu_report import finish_row, latest, merge, table
 from bench.gpu_targets import AUTOTUNED, CUDNN, PATTERN, gpu_targets
 from vpns_kernels.geometry import ConvGeometry
@@ -31,7 +32,14 @@ LAYER = Layer("conv", ConvGeometry(8, 8, (3, 3), padding=(1, 1)), 6, 6)
 
 def layer_row(phase: str, density: float, **changes: Any) -> dict[str, Any]:
     ratios = {CUDNN: {"median": 4.0}, AUTOTUNED: {"median": 3.0}}
-    base = {"pass": phase, "pattern": PATTERN, "density": density, "kernel_size": [3, 3], "in_channels": 128}
+    base = {
+        "stage": "tune",
+        "pass": phase,
+        "pattern": PATTERN,
+        "density": density,
+        "kernel_size": [3, 3],
+        "in_channels": 128,
+    }
     return base | {"ratios": ratios, "copy_frac": 0.5} | changes
 
 
@@ -83,12 +91,16 @@ def test_selection_and_steps_have_goals() -> None:
     assert find(gpu_targets({"steps": [step]}), "tune iteration")["met"]
 
 
-def test_each_pass_of_a_layer_is_checked_timed_and_compared() -> None:
-    rows = bench_gpu_layer(LAYER, 2, "block:4x4", (0.5, 0.25), CPU, 2, "reference", torch.float32)
+@pytest.mark.parametrize("stage", ["tune", "search"])
+def test_each_pass_of_a_layer_is_checked_timed_and_compared(stage: str) -> None:
+    arguments = (LAYER, 2, "block:4x4", (0.5, 0.25), CPU, 2, "reference", torch.float32)
+    rows = bench_gpu_layer(*arguments, stage=stage)
     assert [(row["pass"], row["density"]) for row in rows] == [(p, d) for p in PASSES for d in (0.5, 0.25)]
     for row in rows:
         finish_row(row, CEILINGS)
-        assert row["weight_density"] == pytest.approx(row["density"], abs=0.03)
+        assert row["unit_density"] == pytest.approx(row["density"], abs=0.03)
+        reads_all = (stage, row["pass"]) == ("search", "weight_gradient")
+        assert row["weight_density"] == (1 if reads_all else row["unit_density"])
         assert row["ratios"][CUDNN]["median"] > 0
         assert row["roofline"]["floor_ms"] == pytest.approx(1e-3 * row["least_mb"] / 4.0)
         assert row["copy_frac"] == row["roofline"]["share"]
