@@ -58,8 +58,7 @@ def pick_tiles(
     # Float32 takes twice the memory.
     most = 128 if dtype.itemsize == 2 else 64
     # Before Hopper the operands of products lie in registers as well as the sums: seen to spill with more.
-    is_crowded = capability < 9 and max(block) >= 64
-    if is_crowded:
+    if capability < 9:
         most //= 2
     # Products of a warp group have 64 rows; fewer would leave lanes idle.
     pixels = pick_pixels(sizes, most, least=min(most, 64))
