@@ -18,8 +18,8 @@ from vpns_kernels.ops._triton.launch import Launch
 
 # Programs that fill the largest GPU, and tiles below which a program is not worth its start.
 _PROGRAMS = 512
-_TILES_PER_SPLIT = 8
-_TILE = 4096
+_TILES_PER_SPLIT = 16
+_TILE = 2048
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,12 @@ class ColumnTiles:
 
 
 def pick_tiles(rows: int, columns: int, most_splits: int = _PROGRAMS) -> ColumnTiles:
-    """Rows of 64 columns, a memory line or two, and as many splits as keep a GPU busy."""
-    block_c = min(64, max(16, triton.next_power_of_2(columns)))
+    """Rows of 64 columns, a memory line or two, and as many splits as keep a GPU busy.
+
+    Where the columns alone keep it busy, as those of a whole activation do, 512: longer runs of memory.
+    """
+    widest = 512 if columns >= 512 * _PROGRAMS else 64
+    block_c = min(widest, max(16, triton.next_power_of_2(columns)))
     block_m = _TILE // block_c
     wanted = min(most_splits, -(-_PROGRAMS // max(1, triton.cdiv(columns, block_c))))
     tiles = triton.cdiv(rows, block_m)
