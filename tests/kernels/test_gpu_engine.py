@@ -161,6 +161,21 @@ def test_a_layer_that_ran_faster_whole_elsewhere_still_knows_what_was_pruned() -
     assert any(packed is not None and packed.density < 1 for packed in pruned)
 
 
+def test_a_stored_engine_of_both_is_chosen_for_anew_with_its_reasons(tmp_path: Path) -> None:
+    network = test_engine_torch.Attentive().eval()
+    compile(network, images(2), dtype="float32").save(tmp_path / "engine")
+    stored = load(tmp_path / "engine")
+    engine = open_on_device(stored.plan, stored.reports, stored.programs, CPU, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(engine(images(3)), network(images(3)))
+    notes = [row["reason"] for row in engine.explain(quiet=True).rows() if row["op"] == "torch"]
+    assert notes
+    assert notes[0].startswith("left to torch: ")
+    assert "at a time" not in str(engine.explain(quiet=True))
+    engine.save(tmp_path / "again")
+    torch.testing.assert_close(load(tmp_path / "again")(images(3)), engine(images(3)))
+
+
 class NoRecorder:
     """Can record nothing."""
 

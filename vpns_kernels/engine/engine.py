@@ -153,7 +153,8 @@ class Engine:
         return make_parts(self.plan, self._data, self.programs)
 
     def _describe_workers(self) -> str:
-        return f"{self.threads or torch.get_num_threads()} threads"
+        threads, chunk = self.threads or torch.get_num_threads(), self.plan.chunk
+        return f"{threads} threads, {chunk} image{'s' if chunk > 1 else ''} at a time"
 
     def _check_images(self, x: Tensor) -> None:
         assert self.plan.input is not None

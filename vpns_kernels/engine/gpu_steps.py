@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -169,7 +170,10 @@ def _make_part(plan: Plan, place: int, device: torch.device, kernels: Mapping[st
 
 def move_program(program: TorchProgram, device: torch.device) -> TorchProgram:
     """A copy whose weights are on another device, and what it makes there too."""
-    module = copy.deepcopy(program.module).to(device)
+    with warnings.catch_warnings():
+        # Of what torch.export keeps beside the operations.
+        warnings.simplefilter("ignore")
+        module = copy.deepcopy(program.module).to(device)
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             for node in part.graph.nodes:

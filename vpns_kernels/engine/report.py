@@ -57,7 +57,7 @@ class EngineReport:
     """All steps of an engine; as a string, a table for people.
 
     Args:
-        workers: what runs them: a number of threads, or a GPU.
+        workers: what runs them: threads, and how many images each takes at a time, or a GPU.
     """
 
     plan: Plan
@@ -112,10 +112,8 @@ class EngineReport:
                 )
             )
         total = sum(report.ms for report in self.steps)
-        chunk = self.plan.chunk
         lines = [
-            f"{len(self.steps)} steps, {_dtype(self.plan)}, {self.workers}, "
-            f"{chunk} image{'s' if chunk > 1 else ''} at a time; {total:.3f} ms per image, "
+            f"{len(self.steps)} steps, {_dtype(self.plan)}, {self.workers}; {total:.3f} ms per image, "
             f"{self.sparse_flops_share:.0%} of the dense multiplications in layers that run sparsely",
             *self.notes,
             *_align(table),
