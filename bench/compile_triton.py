@@ -89,6 +89,13 @@ def _about(options: argparse.Namespace) -> dict[str, Any]:
     return {"fingerprint": found, "settings": settings}
 
 
+def _format(found: dict[str, Any]) -> str:
+    """JSON with a line for each row."""
+    head = json.dumps(found | {"rows": []}, indent=1)
+    lines = ",\n".join(json.dumps(row) for row in found["rows"])
+    return head.replace('"rows": []', '"rows": [\n' + lines + "\n ]") + "\n"
+
+
 def _tell(done: int, count: int) -> None:
     if done % 50 == 0 or done == count:
         print(f"{done} of {count} programs", file=sys.stderr, flush=True)
@@ -126,8 +133,7 @@ def main() -> int:
     print(f"{len(programs.calls)} calls, {len(rows)} programs, {len(wrong)} complaints")
     print("\n".join(wrong))
     if options.json is not None:
-        text = json.dumps(report(rows, programs.calls, about), indent=1)
-        options.json.write_text(text + "\n")
+        options.json.write_text(_format(report(rows, programs.calls, about)))
     return int(bool(wrong))
 
 

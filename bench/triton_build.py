@@ -60,8 +60,8 @@ class Specialised:
 
     @property
     def signature(self) -> dict[str, str]:
-        """The type of each argument; "constexpr" where the value is compiled in."""
-        return dict(self.source.signature)
+        """The type of each argument that is given at a start; the others are constants."""
+        return {name: kind for name, kind in self.source.signature.items() if kind != "constexpr"}
 
     @property
     def constants(self) -> dict[str, str]:

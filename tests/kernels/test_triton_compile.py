@@ -61,9 +61,6 @@ def test_arguments_are_typed_as_the_jit_types_them() -> None:
         "y_ptr": "*fp32",
         "count": "i32",
         "scale": "fp32",
-        "bias_ptr": "constexpr",
-        "ROWS": "constexpr",
-        "COLUMNS": "constexpr",
     }
     assert found.constants == {"bias_ptr": "None", "ROWS": "64", "COLUMNS": "64"}
 
