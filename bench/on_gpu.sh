@@ -42,7 +42,7 @@ bench() { bounded "$2" "$1" "$PYTHON" -m bench.bench_gpu "$1" --json "$OUT/gpu.j
 
 for part in $parts; do
   case $part in
-    build) bounded 120 build "$PYTHON" setup.py build_ext --inplace ;;
+    build) bounded 150 build "$PYTHON" setup.py build_ext --inplace ;;
     test) bounded 120 test "${PYTEST[@]}" "${AT_ONCE[@]}" --durations 8 tests/gpu tests/kernels/test_cuda.py ;;
     sanitize)
       if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
