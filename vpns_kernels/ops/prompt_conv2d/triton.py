@@ -18,9 +18,10 @@ from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton.backend import HALVES, is_interpreted
 from vpns_kernels.ops._triton.columns import sum_rows
 from vpns_kernels.ops._triton.launch import dot_precision
+from vpns_kernels.ops._triton.prompt_canvas import make_frame, make_tables
 from vpns_kernels.ops._triton.prompt_forward import convolve
 from vpns_kernels.ops._triton.prompt_gradient import prompt_gradient
-from vpns_kernels.ops._triton.prompt_pixels import Pixels, make_frame, make_tables
+from vpns_kernels.ops._triton.prompt_pixels import Pixels
 from vpns_kernels.ops._triton.prompt_weight_gradient import weight_gradient
 
 
