@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from tests.gpu.all_passes import TRITON_OPS, make_passes
+from vpns_kernels.ops._triton.backend import is_interpreted
+
+pytestmark = pytest.mark.skipif(is_interpreted(), reason="needs a GPU, whose memory the sanitizer watches")
 
 
 @pytest.mark.parametrize("op", TRITON_OPS, ids=lambda op: op.name)
