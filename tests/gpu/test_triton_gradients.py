@@ -142,6 +142,35 @@ def test_blocks_of_unequal_sides_and_beyond_the_weight_get_their_gradients(
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-4)
 
 
+def test_torch_finds_the_ops_in_order(device: torch.device) -> None:
+    geometry, pattern = ConvGeometry(16, 32, (3, 3), padding=(1, 1)), parse_pattern("block:16x16")
+    sizes = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups, ["triton"] * 3)
+    mask = units(pattern, geometry, 0.5)
+    weight = draw(*geometry.weight_shape, seed=1)
+    packed = pack(weight, pattern.expand(mask, geometry.weight_shape), pattern, geometry)
+    x, values, scores = (
+        tensor.to(device).requires_grad_()
+        for tensor in (draw(1, 16, 3, 3, seed=2), packed.values, draw(*mask.shape, seed=5))
+    )
+    layout = [tensor.to(device) for tensor in packed.layout]
+    inputs = (x, values, layout, None, geometry.weight_shape, *sizes)
+    torch.library.opcheck(torch.ops.vpns.sparse_conv2d.default, inputs)
+    masked = (x, weight.to(device), mask.to(device), scores, None, pattern.spec, *sizes)
+    torch.library.opcheck(torch.ops.vpns.masked_conv2d.default, masked)
+
+
+def test_linear_is_the_convolution_of_one_pixel(device: torch.device) -> None:
+    pattern, weight = parse_pattern("block:16x16"), draw(40, 70, seed=1)
+    shape = pattern.units_shape((40, 70))
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    x, scores = draw(2, 5, 70, seed=2), draw(*shape, seed=5)
+    inputs = [tensor.to(device) for tensor in (x, weight, mask, scores)]
+    y = vpns_kernels.masked_linear(*inputs, pattern, backend="triton")
+    truth = x.double() @ (weight * pattern.expand(mask, (40, 70))).double().T
+    assert y.shape == (2, 5, 40)
+    torch.testing.assert_close(y.cpu().double(), truth, rtol=1e-5, atol=1e-5)
+
+
 def test_a_hostile_layout_is_refused_before_a_kernel_sees_it(device: torch.device) -> None:
     geometry, pattern = ConvGeometry(32, 32, (1, 1)), parse_pattern("block:16x16")
     weight = draw(32, 32, 1, 1, seed=1)

@@ -145,7 +145,14 @@ def start(folder: Path) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(Path(cli.__file__).parents[1]), str(Path(__file__).parent)])
     environment = os.environ | {"PYTHONPATH": paths}
     options = ["--workers", "2", "--threads", "1"]
-    return subprocess.Popen(command + options, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command + options, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts
+    )
+
+
+def _heed_interrupts() -> None:
+    """Of tests that a shell started in the background, as some do, interrupts are ignored by all below."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_sweep_killed_at_any_moment_goes_on_and_ends_bitwise_the_same(
