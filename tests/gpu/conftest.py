@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -13,3 +15,12 @@ collect_ignore_glob = [] if torch.cuda.is_available() or is_interpreted() else [
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cpu" if is_interpreted() else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _full_precision() -> Iterator[None]:
+    """Products of float32 are taken in full: torch lets its convolutions round them to TF32 on a GPU."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before

@@ -54,12 +54,9 @@ def gradients(x: Tensor, weight: Tensor, grad: Tensor, geometry: ConvGeometry) -
 
 
 @pytest.fixture(autouse=True)
-def _exact() -> Any:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+def _poison() -> Any:
     with poisoned_memory():
         yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
