@@ -34,11 +34,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _products_of_float32_keep_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def build(layer: str, variant: str, pixels: torch.dtype, dtype: torch.dtype, **change: Any) -> dict[str, Any]:
     """The arguments of a case with few images, whose prompt, weight and bias learn."""
     args = build_args(layer, variant, pixels, dtype, "bias") | change
