@@ -17,6 +17,7 @@ from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton import taps
 from vpns_kernels.ops._triton.block_conv import BlockWeight
 from vpns_kernels.ops._triton.block_lists import BlockLists, list_blocks
+from vpns_kernels.ops._triton.launch import ALIGNMENT_BYTES
 from vpns_kernels.ops._triton.taps import list_taps, pack_tap
 
 _SIDES = (16, 32, 64)
@@ -124,7 +125,7 @@ def packed_weight(values: Tensor, dtype: torch.dtype) -> BlockWeight:
 def dense_blocks(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[K, C, R, S] → [R · S, K, C'], of which a tap's blocks are boxes; C' fills 16 bytes."""
     K, C, R, S = weight.shape
-    unit = 16 // dtype.itemsize
+    unit = ALIGNMENT_BYTES // dtype.itemsize
     blocks = weight.detach().permute(2, 3, 0, 1).reshape(R * S, K, C)
     if C % unit:
         blocks = torch.nn.functional.pad(blocks, (0, -C % unit))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_ALIGNMENT_BYTES = 16
+# Of the rows that a descriptor loads.
+ALIGNMENT_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def describe(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
     Its last axis is dense; the strides of the others are multiples of 16 bytes.
     """
     # Of an axis of one entry the stride is anybody's, yet a descriptor wants one that it could take.
-    legal = _ALIGNMENT_BYTES // tensor.element_size()
+    legal = ALIGNMENT_BYTES // tensor.element_size()
     steps = [step if size > 1 else legal for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
     return TensorDescriptor(tensor, list(tensor.shape), [*steps[:-1], 1], list(block))
 

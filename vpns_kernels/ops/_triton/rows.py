@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpns_kernels.geometry import Pair
-
-_ALIGNMENT_BYTES = 16
+from vpns_kernels.ops._triton.launch import ALIGNMENT_BYTES
 
 
 def as_rows(x: Tensor, stride: Pair = (1, 1)) -> Tensor:
@@ -22,7 +21,7 @@ def as_rows(x: Tensor, stride: Pair = (1, 1)) -> Tensor:
     """
     rows = x.permute(0, 2, 3, 1)
     _, H, W, C = rows.shape
-    unit = _ALIGNMENT_BYTES // x.element_size()
+    unit = ALIGNMENT_BYTES // x.element_size()
     missing = (-C % unit, max(0, stride[1] - W), max(0, stride[0] - H))
     if any(missing):
         rows = F.pad(rows, (0, missing[0], 0, missing[1], 0, missing[2]))
@@ -38,7 +37,7 @@ def _is_aligned(rows: Tensor, unit: int) -> bool:
     long_axes = [step for size, step in zip(rows.shape[:-1], rows.stride()[:-1], strict=True) if size > 1]
     is_dense = rows.shape[-1] == 1 or rows.stride(-1) == 1
     fits = all(step % unit == 0 and step > 0 for step in long_axes)
-    return is_dense and fits and rows.data_ptr() % _ALIGNMENT_BYTES == 0
+    return is_dense and fits and rows.data_ptr() % ALIGNMENT_BYTES == 0
 
 
 def empty_activation(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
