@@ -20,6 +20,8 @@ from vpns_kernels.engine.report import StepReport
 
 # From here on GPUs multiply bfloat16.
 _LEAST_CAPABILITY = (8, 0)
+# Of these kernels of libraries nobody says before which sizes they take; ours and plain torch may not stop.
+_MAY_STOP = ("dense fused", "semi-structured")
 
 
 def device_dtype(device: torch.device) -> torch.dtype:
@@ -83,8 +85,7 @@ def _time_layer(
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                # Of torch's own kernels nobody says before which sizes and types they take.
-                if name == "dense":
+                if name not in _MAY_STOP:
                     raise
                 refused[name] = f"it stopped: {str(error).splitlines()[0]}"
         elif kind.is_sparse and weights.packed is not None:
