@@ -79,7 +79,11 @@ void allocate(OwnedWeights& packed, int64_t count, int64_t unit) {
 
 // Blocks: there are few units, whatever the order in which the mask is read.
 template <typename Value>
-OwnedWeights pack_blocks(const View& view, const MaskedWeight& w, DType rounds, int threads) {
+OwnedWeights pack_blocks(const ConvShape& s, const View& view, const MaskedWeight& w, DType rounds, int threads) {
+  const std::vector<uint8_t> reaches = reaching_taps(s);
+  std::vector<int64_t> own_taps;
+  for (size_t tap = 0; tap < view.taps.size(); ++tap)
+    if (reaches[view.taps[tap]]) own_taps.push_back(static_cast<int64_t>(tap));
   const int64_t rows = view.groups * view.row.units(), columns = view.column.units();
   const int64_t taps = static_cast<int64_t>(view.taps.size()), unit = view.row.size * view.column.size;
   OwnedWeights packed;
@@ -90,7 +94,8 @@ OwnedWeights pack_blocks(const View& view, const MaskedWeight& w, DType rounds, 
   for (int64_t row = 0; row < rows; ++row) {
     packed.indptr[row + 1] = packed.indptr[row];
     for (int64_t c = 0; c < columns; ++c)
-      for (int64_t tap : view.taps) packed.indptr[row + 1] += mask_of(row)[c * view.column.mask_stride + tap] != 0;
+      for (int64_t tap : own_taps)
+        packed.indptr[row + 1] += mask_of(row)[c * view.column.mask_stride + view.taps[tap]] != 0;
   }
   allocate<Value>(packed, packed.indptr[rows], unit);
   Value* const values = reinterpret_cast<Value*>(packed.values.get());
@@ -101,7 +106,7 @@ OwnedWeights pack_blocks(const View& view, const MaskedWeight& w, DType rounds, 
         w.weight + row / view.row.units() * view.weight_group + first * view.row.weight_stride;
     int64_t i = packed.indptr[row];
     for (int64_t c = 0; c < columns; ++c)
-      for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t tap : own_taps) {
         if (mask_of(row)[c * view.column.mask_stride + view.taps[tap]] == 0) continue;
         const int64_t channel = c * view.column.size;
         packed.index[i] = static_cast<int32_t>(c * taps + tap);
@@ -114,13 +119,15 @@ OwnedWeights pack_blocks(const View& view, const MaskedWeight& w, DType rounds, 
   return packed;
 }
 
-// Calls found(i) with each i below `count` whose byte is not zero, in rising order.
+// Calls found(i) with each i below `count` whose byte is not zero, and that `reaches` has not as zero, in rising order.
 template <typename Found>
-inline void each_kept(const uint8_t* mask, int64_t count, const Found& found) {
+inline void each_kept(const uint8_t* mask, const uint8_t* reaches, int64_t count, const Found& found) {
   int64_t at = 0;
   for (; at + 8 <= count; at += 8) {
-    uint64_t bytes;
+    uint64_t bytes, wanted;
     std::memcpy(&bytes, mask + at, sizeof bytes);
+    std::memcpy(&wanted, reaches + at, sizeof wanted);
+    bytes &= wanted;
     while (bytes != 0) {
       const int byte = std::countr_zero(bytes) / 8;
       found(at + byte);
@@ -128,7 +135,7 @@ inline void each_kept(const uint8_t* mask, int64_t count, const Found& found) {
     }
   }
   for (; at < count; ++at)
-    if (mask[at] != 0) found(at);
+    if ((mask[at] & reaches[at]) != 0) found(at);
 }
 
 // Single weights, forward: a row of the mask, as it lies in memory, is a row of the index.
@@ -136,23 +143,32 @@ OwnedWeights pack_rows(const ConvShape& s, const MaskedWeight& w, DType rounds, 
   const int64_t taps = s.R * s.S, row_units = s.C / s.groups * taps;
   OwnedWeights packed;
   packed.indptr.assign(s.K + 1, 0);
+  const std::vector<uint8_t> taps_reach = reaching_taps(s);
+  std::vector<uint8_t> reaches(row_units);
+  for (int64_t i = 0; i < row_units; ++i) reaches[i] = taps_reach[i % taps];
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t k = 0; k < s.K; ++k) {
     int32_t kept = 0;
-    for (int64_t i = 0; i < row_units; ++i) kept += w.mask[k * row_units + i] != 0;
+    for (int64_t i = 0; i < row_units; ++i) kept += (w.mask[k * row_units + i] & reaches[i]) != 0;
     packed.indptr[k + 1] = kept;
   }
   std::partial_sum(packed.indptr.begin(), packed.indptr.end(), packed.indptr.begin());
   allocate<float>(packed, packed.indptr[s.K], 1);
   float* const values = reinterpret_cast<float*>(packed.values.get());
-  std::vector<int64_t> offset(row_units);
-  for (int64_t i = 0; i < row_units; ++i) offset[i] = i / taps * w.stride_c + i % taps * w.stride_tap;
+  // Where a row of the weight lies as its mask does, what is kept is found without a table.
+  const bool alike = w.stride_tap == 1 && w.stride_c == taps;
+  std::vector<int64_t> offset(alike ? 0 : row_units);
+  for (size_t i = 0; i < offset.size(); ++i) {
+    const int64_t unit = static_cast<int64_t>(i);
+    offset[i] = unit / taps * w.stride_c + unit % taps * w.stride_tap;
+  }
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
   for (int64_t k = 0; k < s.K; ++k) {
     int64_t to = packed.indptr[k];
-    each_kept(w.mask + k * row_units, row_units, [&](int64_t i) {
+    const float* const row = w.weight + k * w.stride_k;
+    each_kept(w.mask + k * row_units, reaches.data(), row_units, [&](int64_t i) {
       packed.index[to] = static_cast<int32_t>(i);
-      put(values + to++, w.weight[k * w.stride_k + offset[i]], rounds);
+      put(values + to++, row[alike ? i : offset[i]], rounds);
     });
   }
   return packed;
@@ -163,8 +179,8 @@ bool is_single(const MaskedWeight& w) { return w.bk == 1 && w.bc == 1; }
 OwnedWeights pack_view(const ConvShape& s, const MaskedWeight& w, const View& view, DType dtype, int threads) {
   const bool single = is_single(w), halves = !single && dtype == DType::kBF16;
   OwnedWeights packed = single   ? pack_rows(s, w, dtype, threads)
-                        : halves ? pack_blocks<uint16_t>(view, w, dtype, threads)
-                                 : pack_blocks<float>(view, w, dtype, threads);
+                        : halves ? pack_blocks<uint16_t>(s, view, w, dtype, threads)
+                                 : pack_blocks<float>(s, view, w, dtype, threads);
   packed.view = {single ? Format::kUnstructured : Format::kBlock,
                  halves ? DType::kBF16 : DType::kF32,
                  packed.values.get(),

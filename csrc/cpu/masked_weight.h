@@ -3,7 +3,7 @@
 // The mask has one byte per unit: a weight, or a block of bk output channels × bc input channels of one tap. Values are
 // rounded to the type that the convolution's input has. For the input gradient (a forward convolution of the output's
 // gradient, whose rows are input channels) blocks are read straight from the dense weight as well; single weights are
-// packed first and then sorted anew.
+// packed first and then sorted anew. Weights of taps that see padding alone are left out.
 #pragma once
 
 #include <cstdint>

@@ -53,6 +53,23 @@ struct Planes {
   }
 };
 
+// By tap (r · S + s): 0xff where an output pixel reads the input through it, else 0. The others see padding alone, as
+// eight of nine taps do where a 3×3 filter meets a single pixel.
+inline std::vector<uint8_t> reaching_taps(const ConvShape& s) {
+  const auto reaches = [](int64_t inputs, int64_t outputs, int64_t stride, int64_t before) {
+    const int64_t first = before < 0 ? (-before + stride - 1) / stride : 0;  // output that reads no row before the first
+    return first < outputs && first * stride + before < inputs;
+  };
+  std::vector<uint8_t> taps;
+  for (int64_t r = 0; r < s.R; ++r)
+    for (int64_t c = 0; c < s.S; ++c)
+      taps.push_back(reaches(s.H, s.P, s.stride_h, r * s.dilation_h - s.pad_h) &&
+                             reaches(s.W, s.Q, s.stride_w, c * s.dilation_w - s.pad_w)
+                         ? 0xff
+                         : 0);
+  return taps;
+}
+
 // Cut `extent` into equal pieces of at most `most`: the size of a piece.
 inline int64_t even_tile(int64_t extent, int64_t most) {
   if (extent <= 0) return 1;

@@ -132,15 +132,18 @@ BlockGradPlan make_plan(const ConvShape& s, const SparseWeights& layout, const G
   }
   set_tile(plan);
   if (kernel.tiles) set_line(plan);
+  const std::vector<uint8_t> reaches = reaching_taps(s);
+  plan.count = layout.count;
   plan.blocks.reserve(layout.count);
   for (int64_t row = 0; row < s.groups * plan.rows_per_group; ++row)
     for (int32_t i = layout.indptr[row]; i < layout.indptr[row + 1]; ++i) {
       const int64_t tap = layout.index[i] % taps, chunk = layout.index[i] / taps, group = row / plan.rows_per_group;
+      if (!reaches[tap]) continue;
       const int64_t in_group = row % plan.rows_per_group * bk;
       const int64_t at = tap / s.S * plan.h.distance * plan.cols + tap % s.S * plan.w.distance;
       plan.blocks.push_back({group * filters + in_group, chunk * bc, tap, std::min(bk, filters - in_group),
                              std::min(bc, channels - chunk * bc), row, group * plan.chunks_per_group + chunk,
-                             at * plan.chunk_channels});
+                             at * plan.chunk_channels, i});
     }
   add_spans(plan);
   return plan;

@@ -40,6 +40,7 @@ struct BlockGradPlan {
     int64_t filters, channels;  // fewer than bk, bc at ragged edges
     int64_t row, chunk;         // of the laid-out gradient and input
     int64_t offset;             // of its first channel, words from an output pixel's base in the chunk
+    int64_t position;           // in the layout
   };
   // Consecutive blocks whose words are neighbours, as those of a stem are.
   struct Span {
@@ -55,7 +56,8 @@ struct BlockGradPlan {
   int64_t rows, cols;                     // of its planes
   int64_t line = 0;                       // positions of one AMX product; 0 for vectors
   bool over_images = false;               // a line's positions: words of images, or columns of outputs
-  std::vector<Block> blocks;
+  int64_t count;                          // of the layout's blocks
+  std::vector<Block> blocks;              // but those of taps that see padding alone, whose gradient is zero
   std::vector<Span> spans;
 
   int64_t chunk_words() const { return tile_units * rows * cols * chunk_channels; }

@@ -133,6 +133,7 @@ class BlockGradRun {
     singles_ = call.scores != nullptr;
     sums_blocks_ = call.weight != nullptr && !singles_;
     blocks_ = static_cast<int64_t>(plan.blocks.size());
+    taps_ = plan.count == 0 ? 1 : s_.R * s_.S * blocks_ / plan.count;
     spans_ = static_cast<int64_t>(plan.spans.size());
     int64_t most_words = 0;
     for (const BlockGradPlan::Span& span : plan.spans) most_words = std::max(most_words, span.words);
@@ -146,11 +147,11 @@ class BlockGradRun {
   }
 
   void run() {
-    if (blocks_ == 0) return;
-    if (tiles_ == 0) {
+    if (tiles_ == 0 || blocks_ < plan_.count) {
       const int64_t singles = s_.K * (s_.C / s_.groups) * s_.R * s_.S;
-      return zero_cells(call_.out, singles_ ? singles : sums_blocks_ ? blocks_ : blocks_ * plan_.bk * plan_.bc);
+      zero_cells(call_.out, singles_ ? singles : sums_blocks_ ? plan_.count : plan_.count * plan_.bk * plan_.bc);
     }
+    if (tiles_ == 0 || blocks_ == 0) return;
     const int64_t x_floats = s_.groups * plan_.chunks_per_group * plan_.chunk_words();
     const int64_t grad_floats = whole_lines(s_.groups * plan_.rows_per_group * plan_.row_words());
     // The last words are read in vectors.
@@ -257,7 +258,7 @@ class BlockGradRun {
   void add_scores(const std::vector<double>& scores, int64_t b) const {
     double sum = 0;
     for (int64_t slice = 0; slice < slices_; ++slice) sum += scores[slice * blocks_ + b];
-    call_.out[b] = static_cast<float>(sum);
+    call_.out[plan_.blocks[b].position] = static_cast<float>(sum);
   }
 
   // From all slices' sums to what is wanted; called by all threads.
@@ -275,10 +276,10 @@ class BlockGradRun {
       for (int64_t slice = 1; slice < slices_; ++slice)
         add(kept + i * span_floats_, kept + (slice * spans_ + i) * span_floats_);
     // Of single weights all taps of a row and chunk together: they are neighbours in scores and results.
-    const int64_t step = singles_ ? s_.R * s_.S : 1;
+    const int64_t step = singles_ ? taps_ : 1;
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < blocks_; b += step) {
-      if (!singles_) store_block(plan_, plan_.blocks[b], sums[b], call_.out + b * plan_.bk * plan_.bc);
+      if (!singles_) store_block(plan_, plan_.blocks[b], sums[b], call_.out + plan_.blocks[b].position * plan_.bk * plan_.bc);
       for (int64_t k = 0; singles_ && k < plan_.blocks[b].filters; ++k)
         for (int64_t tap = b; tap < b + step; ++tap) weigh_singles(plan_, call_, plan_.blocks[tap], k, sums[tap]);
     }
@@ -288,6 +289,7 @@ class BlockGradRun {
   const WeightGradCall& call_;
   const ConvShape& s_;
   int64_t units_, tiles_p_, tiles_q_, tiles_, blocks_, spans_, slices_, most_words_, span_floats_;
+  int64_t taps_;  // with blocks, where the layout has all
   bool singles_, sums_blocks_;
 };
 

@@ -134,6 +134,27 @@ def test_native_gradients_are_those_of_float64(geometry: ConvGeometry, spec: str
         assert_within_the_bound(packed, x, grad, found)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("spec", ["unstructured", "block:16x16", "block:8x4"])
+def test_weights_that_see_padding_alone_have_no_gradient(
+    spec: str, stride: int, size: tuple[int, int]
+) -> None:
+    geometry = ConvGeometry(37, 29, (3, 3), (stride, stride), (2, 1), (2, 1))
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(6, 37, *size, generator=generator)
+    grad = torch.randn(6, 29, *geometry.output_size(*size), generator=generator)
+    packed = make(geometry, spec, torch.float32)
+    with poisoned_memory():
+        found = gradients(packed, x, grad, native_where_it_can(packed, x.dtype))
+    assert_within_the_bound(packed, x, grad, found)
+    dense = unpack(found[1], packed.layout, geometry)
+    # Of an image of one row, the first and the last row of the filter.
+    if size[0] == 1:
+        assert not dense[:, :, ::2].any()
+        assert dense[:, :, 1].any()
+
+
 @pytest.mark.parametrize("spec", ["unstructured", "block:4x2", "channel"])
 @pytest.mark.parametrize("geometry", GEOMETRIES[:30:3], ids=str)
 def test_gradcheck_in_double_precision(geometry: ConvGeometry, spec: str) -> None:

@@ -192,6 +192,32 @@ def test_learning_rates_follow_their_schedules() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_an_optimizer_steps_as_torch_does_whatever_the_order_in_memory(kind: str) -> None:
+    settings = StageConfig(optimizer=kind, lr=0.1, weight_decay=0.01)  # type: ignore[arg-type]
+    start, found = torch.randn(4, 3, 2, 2), []
+    grads = torch.randn(3, 4, 3, 2, 2)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        parameter = nn.Parameter(start.clone(memory_format=memory_format))
+        optimizer = build_optimizer(settings, [parameter])
+        for grad in grads:
+            parameter.grad = grad.clone()
+            optimizer.step()
+        found.append(parameter.detach())
+    plain = nn.Parameter(start.clone())
+    own = {"lr": 0.1, "weight_decay": 0.01, "foreach": False}
+    rival = (
+        torch.optim.Adam([plain], **own)  # type: ignore[arg-type]
+        if kind == "adam"
+        else torch.optim.SGD([plain], momentum=settings.momentum, **own)  # type: ignore[arg-type]
+    )
+    for grad in grads:
+        plain.grad = grad.clone()
+        rival.step()
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], plain.detach())
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_an_optimizer_goes_on_from_its_saved_tensors_bitwise(kind: str) -> None:
     weights = [torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last) for _ in range(2)]
     grads = torch.randn(3, 4, 3, 2, 2)

@@ -107,8 +107,10 @@ def run_score_gradient(
     geometry = _geometry(weight, stride, padding, dilation, groups)
     signed, is_block = scores.detach().float().contiguous(), isinstance(kind, Block)
     # Of blocks the library leaves the sums; of single weights it takes the scores' signs with it.
-    out = torch.zeros(scores.shape, dtype=torch.float32)
-    if grad.numel() > 0:
+    out = torch.empty(scores.shape, dtype=torch.float32)
+    if grad.numel() == 0:
+        out.zero_()
+    else:
         masked, x, grad = _Masked(weight, mask, kind), _rows(x), _dense(grad)
         native.library().masked_conv2d_score_gradient(
             _sizes(x.shape, geometry),
