@@ -78,7 +78,10 @@ def plan_ops(device: torch.device) -> list[Job]:
 
 
 def plan_layers(device: torch.device) -> list[Job]:
-    """3x3 layers with many channels, which goals are about, 1x1 layers, the rest; then the compiler."""
+    """3x3 layers with many channels, which goals are about, by blocks and by channels; 1x1 layers, the rest.
+
+    Channels run by the kernel that gathers them and by cuDNN after a gather; the compiler comes last.
+    """
     found = {name: read_layers(LISTS / f"{name}.txt") for name in ("resnet18", "resnet50", "vgg16")}
     distinct: dict[tuple[Any, ...], tuple[str, Layer]] = {}
     for network, layers in found.items():
@@ -88,20 +91,33 @@ def plan_layers(device: torch.device) -> list[Job]:
                 distinct.setdefault(key, (network, layer))
     ranked = sorted(distinct.values(), key=lambda entry: _rank(entry[1]))
 
-    def job(network: str, layer: Layer, densities: Sequence[float], **options: Any) -> Job:
+    def job(
+        network: str, layer: Layer, densities: Sequence[float], pattern: str = PATTERN, **options: Any
+    ) -> Job:
         def measure() -> list[Row]:
-            rows = bench_gpu_layer(layer, BATCH, PATTERN, densities, device, ROUNDS, **options)
+            rows = bench_gpu_layer(layer, BATCH, pattern, densities, device, ROUNDS, **options)
             return [{"network": network} | row for row in rows]
 
         return f"{network} {layer.name}", measure
 
     judged = [entry for entry in ranked if _rank(entry[1]) == 0]
     goals = [job(network, layer, DENSITIES) for network, layer in judged]
-    others = [job(network, layer, DENSITIES[:1]) for network, layer in ranked if _rank(layer) > 0]
+    rest = ranked[len(judged) :]
+    others = [job(network, layer, DENSITIES[:1]) for network, layer in rest]
     search = [job(network, layer, DENSITIES[:1], stage="search") for network, layer in judged]
+
+    def channels(entries: Sequence[tuple[str, Layer]]) -> list[Job]:
+        found = []
+        for network, layer in entries:
+            for backend in ("triton", "compact"):
+                name, measure = job(network, layer, DENSITIES[:1], "channel", backend=backend)
+                found.append((f"{name} channel {backend}", measure))
+        return found
+
     autotuned = [job(network, layer, DENSITIES, is_autotuned=True) for network, layer in judged]
     last = ((f"{name} autotuned", measure) for name, measure in autotuned)
-    return [*goals, *((f"{name} search", measure) for name, measure in search), *others, *last]
+    searched = ((f"{name} search", measure) for name, measure in search)
+    return [*goals, *searched, *channels(judged), *others, *channels(rest), *last]
 
 
 def _rank(layer: Layer) -> int:

@@ -10,7 +10,20 @@ from bench.gpu_targets import NETWORKS, gpu_targets
 
 Row = dict[str, Any]
 # What tells rows apart.
-_KEYS = ("model", "network", "layer", "op", "case", "stage", "arm", "pass", "pattern", "density", "backend")
+_KEYS = (
+    "model",
+    "network",
+    "layer",
+    "op",
+    "case",
+    "stage",
+    "arm",
+    "pass",
+    "pattern",
+    "density",
+    "backend",
+    "kernel",
+)
 
 
 def finish_row(row: Row, ceilings: dict[str, float]) -> None:

@@ -20,6 +20,7 @@ from vpns_kernels import OPS, pack, parse_pattern
 from vpns_kernels.measure.layers import Layer, read_layers
 from vpns_kernels.ops._triton.launch import Launch, recorded
 from vpns_kernels.ops.prompt_conv2d import MEAN, STD
+from vpns_kernels.patterns import Channel
 
 ARCHS = (80, 90)
 LISTS = Path(__file__).resolve().parent / "layers"
@@ -124,24 +125,24 @@ def _refusal(op: str, args: tuple[Any, ...], question: str = "why_not") -> str |
 
 def _sparse(layer: Layer, dtype: str, pattern: str, batch: int) -> Iterator[Request]:
     x, y = _activations(layer, dtype, batch)
-    values, layout = _packed(layer, DTYPES[dtype][0], pattern)
-    sizes = _sizes(layer, has_shape=True)
-    args = (x, values, layout, None, *sizes)
-    yield "forward", "run", args, _refusal("sparse_conv2d", args)
-    for name, method, question in (
-        ("input gradient", "run_input_gradient", "why_no_input_gradient"),
-        ("weight gradient", "run_weight_gradient", "why_no_weight_gradient"),
-    ):
-        yield name, method, (y, x, values, layout, *sizes), _refusal("sparse_conv2d", args, question)
+    for values, layout in _packed(layer, DTYPES[dtype][0], pattern):
+        sizes = _sizes(layer, has_shape=True)
+        args = (x, values, layout, None, *sizes)
+        yield "forward", "run", args, _refusal("sparse_conv2d", args)
+        for name, method, question in (
+            ("input gradient", "run_input_gradient", "why_no_input_gradient"),
+            ("weight gradient", "run_weight_gradient", "why_no_weight_gradient"),
+        ):
+            yield name, method, (y, x, values, layout, *sizes), _refusal("sparse_conv2d", args, question)
 
 
 def _sparse_fused(layer: Layer, dtype: str, pattern: str, batch: int) -> Iterator[Request]:
     x, y = _activations(layer, dtype, batch)
-    values, layout = _packed(layer, x.dtype, pattern)
-    bias = values.new_zeros(layer.geometry.out_channels)
-    for name, residual, act in (("bias, relu", None, "relu"), ("bias, residual, relu", y, "relu")):
-        args = (x, values, layout, bias, residual, *_sizes(layer, has_shape=True), act, x.dtype)
-        yield name, "run", args, _refusal("sparse_conv2d_fused", args)
+    bias = x.new_zeros(layer.geometry.out_channels)
+    for values, layout in _packed(layer, x.dtype, pattern):
+        for name, residual, act in (("bias, relu", None, "relu"), ("bias, residual, relu", y, "relu")):
+            args = (x, values, layout, bias, residual, *_sizes(layer, has_shape=True), act, x.dtype)
+            yield name, "run", args, _refusal("sparse_conv2d_fused", args)
 
 
 def _masked(layer: Layer, dtype: str, pattern: str, batch: int) -> Iterator[Request]:
@@ -247,14 +248,22 @@ def _sizes(layer: Layer, has_shape: bool = False) -> tuple[Any, ...]:
 
 
 def _units(layer: Layer, spec: str) -> Tensor:
-    shape = parse_pattern(spec).units_shape(layer.geometry.weight_shape)
+    return _draw(parse_pattern(spec).units_shape(layer.geometry.weight_shape))
+
+
+def _draw(shape: tuple[int, ...]) -> Tensor:
     rank = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     return rank < max(DENSITY, float(rank.min()) + 1e-6)
 
 
 @lru_cache(maxsize=1)
-def _packed(layer: Layer, dtype: torch.dtype, spec: str) -> tuple[Tensor, list[Tensor]]:
+def _packed(layer: Layer, dtype: torch.dtype, spec: str) -> list[tuple[Tensor, list[Tensor]]]:
+    """Packed weights of a pattern; of channels, that read or write all of them too."""
     pattern, weight = parse_pattern(spec), torch.zeros(layer.geometry.weight_shape, dtype=dtype)
-    mask = pattern.expand(_units(layer, spec), layer.geometry.weight_shape)
-    packed = pack(weight, mask.contiguous(), pattern, layer.geometry)
-    return packed.values, list(packed.layout)
+    masks = [pattern.expand(_units(layer, spec), layer.geometry.weight_shape)]
+    if isinstance(pattern, Channel):
+        inputs = pattern.expand(_draw((weight.shape[1],)), (weight.shape[1], weight.shape[0], 1, 1))
+        inputs = inputs.transpose(0, 1).expand_as(weight)
+        masks += [inputs, inputs & masks[0]]
+    found = [pack(weight, mask.contiguous(), pattern, layer.geometry) for mask in masks]
+    return [(packed.values, list(packed.layout)) for packed in found]

@@ -107,6 +107,19 @@ def test_each_pass_of_a_layer_is_checked_timed_and_compared(stage: str) -> None:
     json.dumps(rows)
 
 
+def test_channels_are_timed_by_each_kernel_and_both_are_kept() -> None:
+    kernels = ("compact", "reference")
+    rows = [
+        row
+        for kernel in kernels
+        for row in bench_gpu_layer(LAYER, 2, "channel", (0.5,), CPU, 2, kernel, torch.float32)
+    ]
+    assert [(row["kernel"], row["pass"]) for row in latest(rows)] == [(k, p) for k in kernels for p in PASSES]
+    names = [name for name, _ in plan("layers", CPU)]
+    for layer in ("resnet18 layer2.0.conv2", "resnet50 layer1.0.conv1"):
+        assert {f"{layer} channel {kernel}" for kernel in ("triton", "compact")} <= set(names)
+
+
 def test_ops_are_compared_with_torchs_own() -> None:
     rows = [
         bench_gpu_prompt(ConvGeometry(3, 4, (3, 3)), variant, 2, 16, 2, CPU, 2, "reference", torch.float32)

@@ -71,13 +71,17 @@ def assert_close(engine: GpuEngine, network: nn.Module, x: Tensor, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_block_layers_run_by_the_kernels_of_blocks(device: torch.device, dtype: torch.dtype) -> None:
-    network = make_network()
+@pytest.mark.parametrize("spec", ["block:16x16", "channel"])
+def test_pruned_layers_run_by_the_kernels_of_their_pattern(
+    spec: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    network = make_network(spec)
     plan = draft_plan(lower(trace_network(network, images(2, torch.device("cpu")))), dtype, {})
     engine = GpuEngine(plan, device)
     by_name = {step.name: kernel for step, kernel in zip(plan.steps, engine.kernels, strict=True)}
     assert {by_name[name] for name in ("conv1", "conv2", "shortcut", "head")} == {"triton"}
-    assert by_name["stem"] == "dense"
+    # The stem's outputs are channels, too.
+    assert by_name["stem"] == ("triton" if spec == "channel" else "dense")
     assert_close(engine, network, images(3, device), dtype)
 
 

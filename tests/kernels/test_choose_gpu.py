@@ -39,7 +39,7 @@ def test_few_blocks_run_by_the_kernels_of_blocks_in_all_passes() -> None:
         (query(density=0.6), "more than 0.5 is kept (0.6)"),
         (query((8, 16)), "takes blocks with sides of 16"),
         (query((16, 48)), "takes blocks with sides of 16"),
-        (LayerQuery(GEOMETRY, SIZE, (1000,)), "triton: it takes block weights"),
+        (LayerQuery(GEOMETRY, SIZE, (1000,)), "triton: it takes blocks and channels"),
         (replace(query(), geometry=replace(GEOMETRY, groups=2)), "groups"),
         (query(dtype="float64"), "float64"),
     ],
@@ -57,15 +57,39 @@ def test_small_blocks_stay_dense_though_a_kernel_should_take_them() -> None:
     assert (kernel, reason.partition("; ")[2]) == ("dense", "blocks of 8x8 have sides below 16")
 
 
-def test_few_channels_run_as_the_smaller_layer() -> None:
-    few = LayerQuery(GEOMETRY, SIZE, (40, 40, 3, 3))
-    assert choose_training(few, GPU).backends == ("compact",) * 3
-    assert choose(few.at_density(0.9), GPU).kernel == "dense"
+@pytest.mark.parametrize(
+    ("layer", "kernel", "reason"),
+    [
+        (LayerQuery(GEOMETRY, SIZE, (40, 40, 3, 3)), "triton", "channels gathered 9 times at density 0.098"),
+        (LayerQuery(GEOMETRY, SIZE, (40, 128, 3, 3)), "triton", "channels, all inputs kept, at density 0.31"),
+        (
+            LayerQuery(ConvGeometry(512, 512, (3, 3)), SIZE, (129, 100, 3, 3)),
+            "compact",
+            "channels gathered 18 times at density 0.049",
+        ),
+        (LayerQuery(ConvGeometry(32, 32, (5, 5)), SIZE, (9, 9, 5, 5)), "compact", "gathered 25 times"),
+        (
+            LayerQuery(replace(GEOMETRY, stride=(3, 3)), SIZE, (40, 40, 3, 3)),
+            "compact",
+            "gathered 9 times at density 0.098",
+        ),
+    ],
+)
+def test_few_channels_are_gathered_by_the_kernel_or_once_before_a_smaller_layer(
+    layer: LayerQuery, kernel: str, reason: str
+) -> None:
+    chosen = choose(layer, GPU)
+    assert chosen.kernel == kernel
+    assert chosen.reason.startswith(f"{kernel}: no costs were measured on this GPU; ")
+    assert reason in chosen.reason
+    assert choose_training(layer, GPU).backends == (kernel,) * 3
+    assert choose(layer.at_density(0.9), GPU).kernel == "dense"
 
 
 def test_without_triton_blocks_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vpns_kernels.choose_gpu.find_spec", lambda name: None)
     assert "triton is not installed" in choose(query(), GPU).reason
+    assert choose(LayerQuery(GEOMETRY, SIZE, (40, 40, 3, 3)), GPU).kernel == "compact"
 
 
 def test_nothing_is_estimated_and_the_limit_is_told() -> None:

@@ -114,7 +114,8 @@ def test_linear_is_the_convolution_of_one_pixel(backend: str) -> None:
         torch.testing.assert_close(grad_scores, expected, rtol=1e-4, atol=1e-4)
 
 
-CASES = [case for case in OP.cases() if "float64" not in case.name]
+# Channels are masked by another op.
+CASES = [case for case in OP.cases() if "float64" not in case.name and "-channel-" not in case.name]
 ROUNDOFF = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 

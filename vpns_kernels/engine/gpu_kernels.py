@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 from vpns_kernels.engine import semi_structured
 from vpns_kernels.engine.gpu_weights import LayerWeights, curve
 from vpns_kernels.engine.semi_structured import SemiStructured, multiply_pixels
+from vpns_kernels.formats import Packed
 from vpns_kernels.ops import OPS
 from vpns_kernels.ops._torch import ACTS
 
@@ -95,24 +96,26 @@ def _why_not_fused(weights: LayerWeights) -> str | None:
 
 
 class _Triton:
-    """Blocks, with bias, residual and activation in the kernel's stores."""
+    """Blocks or channels, with bias, residual and activation in the kernel's stores."""
 
     def __init__(self, weights: LayerWeights) -> None:
         assert weights.packed is not None
-        self._weights, self._packed = weights, weights.packed
-        self._run = OPS[_FUSED_OP].module("triton").run
+        module, packed = OPS[_FUSED_OP].module("triton"), weights.packed
+        self._weights, self._run = weights, module.run
+        self._packed = replace(packed, values=module.prepare(packed.values, weights.dtype))
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         weights = self._weights
         if weights.constant is not None:
             residual = weights.constant.expand(len(x), -1, -1, -1)
-        return curve(self._run(*_fused_arguments(weights, x, residual)), weights.step.act)
+        return curve(self._run(*_fused_arguments(weights, self._packed, x, residual)), weights.step.act)
 
 
-def _fused_arguments(weights: LayerWeights, x: Tensor, residual: Tensor | None) -> tuple[object, ...]:
+def _fused_arguments(
+    weights: LayerWeights, packed: Packed, x: Tensor, residual: Tensor | None
+) -> tuple[object, ...]:
     """What the op's backends take."""
-    packed, g, act = weights.packed, weights.step.geometry, weights.step.act
-    assert packed is not None
+    g, act = weights.step.geometry, weights.step.act
     sizes = (g.weight_shape, g.stride, g.padding, g.dilation, g.groups)
     inner = act if act in ACTS else "none"
     return (
@@ -134,7 +137,9 @@ def _why_not_triton(weights: LayerWeights) -> str | None:
         return "no such backend"
     g = weights.step.geometry
     one = torch.empty((1, g.in_channels, 1, 1), dtype=weights.dtype, device=weights.device)
-    reason: str | None = OPS[_FUSED_OP].module("triton").why_not(*_fused_arguments(weights, one, None))
+    reason: str | None = (
+        OPS[_FUSED_OP].module("triton").why_not(*_fused_arguments(weights, weights.packed, one, None))
+    )
     return reason
 
 

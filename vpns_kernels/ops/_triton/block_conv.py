@@ -19,11 +19,11 @@ from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton.block_lists import BlockLists
+from vpns_kernels.ops._triton.epilogue import Epilogue, finish
 from vpns_kernels.ops._triton.launch import Launch, capability_of, describe, dot_precision
 from vpns_kernels.ops._triton.rows import as_rows, split_classes
 from vpns_kernels.ops._triton.tiles import pick_tiles
 
-_ACTS = {"none": 0, "relu": 1, "relu6": 2}
 # Descriptors that the kernel has room for: the classes of a stride of 2.
 _MOST_CLASSES = 4
 
@@ -41,19 +41,6 @@ class BlockWeight:
     blocks: Tensor
     block: Pair
     is_packed: bool
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What follows the sums: act(sums + bias + residual).
-
-    Args:
-        residual: [N, K, P, Q], channels_last, or None.
-    """
-
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-    act: str = "none"
 
 
 def convolve(
@@ -91,13 +78,11 @@ def _start(
     tiles = pick_tiles(sizes, block, dtype, capability_of(target.device))
     box = tiles.pixels
     described = [describe(x, (box.images, box.rows, box.columns, block[1])) for x in sources]
-    residual = epilogue.residual
     args = {f"x_{i}": described[min(i, len(described) - 1)] for i in range(_MOST_CLASSES)}
     args |= {
         "w": describe(weight.blocks, (1, *weight.block)),
         "y_ptr": target,
-        "bias_ptr": target if epilogue.bias is None else epilogue.bias,
-        "residual_ptr": target if residual is None else residual,
+        **epilogue.pointers(target),
         "starts_ptr": lists.starts,
         "entries_ptr": lists.entries,
         "order_ptr": lists.order,
@@ -118,9 +103,7 @@ def _start(
         "BLOCK_IN": block[1],
         "IS_TRANSPOSED": is_transposed,
         "IS_PACKED": weight.is_packed,
-        "HAS_BIAS": epilogue.bias is not None,
-        "HAS_RESIDUAL": residual is not None,
-        "ACT": _ACTS[epilogue.act],
+        **epilogue.constants,
         "PRECISION": dot_precision(dtype),
     }
     grid = (box.count(*sizes) * lists.order.numel(), steps[0] * steps[1])
@@ -210,13 +193,5 @@ def _convolve_kernel(
     # Channels_last, without gaps: of y and of the residual alike.
     row = (n.to(tl.int64) * P + p * STEP_P + phase_p) * Q + q * STEP_Q + phase_q
     offs = row[:, None] * K + k[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + k, mask=k < K, other=0).to(tl.float32)[None, :]
-    if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + offs, mask=mask, other=0).to(tl.float32)
-    if ACT > 0:
-        # A NaN stays one, as in torch.
-        acc = tl.where(acc < 0, 0.0, acc)
-    if ACT > 1:
-        acc = tl.where(acc > 6, 6.0, acc)
+    acc = finish(acc, bias_ptr, residual_ptr, k, k < K, offs, mask, HAS_BIAS, HAS_RESIDUAL, ACT)
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)

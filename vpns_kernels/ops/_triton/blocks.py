@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +32,6 @@ def why_not(block: Pair, geometry: ConvGeometry, dtype: torch.dtype) -> str | No
     if max(geometry.out_channels // block[0], geometry.in_channels // block[1]) >= _MOST_BLOCKS:
         return f"it takes fewer than {_MOST_BLOCKS} blocks along a side"
     return taps.why_not(geometry)
-
-
-def why_not_packed(x: Tensor, values: Tensor, sizes: Sequence[Any]) -> str | None:
-    """What the kernels take of a packed weight; sizes as the schemas have them."""
-    if values.dim() != 3:
-        return "it takes block weights"
-    bk, bc = values.shape[1:]
-    return why_not((bk, bc), build_geometry(*sizes), torch.promote_types(x.dtype, values.dtype))
 
 
 def build_geometry(

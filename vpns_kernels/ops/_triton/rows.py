@@ -25,7 +25,7 @@ def as_rows(x: Tensor, stride: Pair = (1, 1)) -> Tensor:
     missing = (-C % unit, max(0, stride[1] - W), max(0, stride[0] - H))
     if any(missing):
         rows = F.pad(rows, (0, missing[0], 0, missing[1], 0, missing[2]))
-    return rows if _is_aligned(rows, unit) else rows.contiguous()
+    return rows if is_aligned(rows) else rows.contiguous()
 
 
 def split_classes(rows: Tensor, stride: Pair) -> list[Tensor]:
@@ -33,7 +33,9 @@ def split_classes(rows: Tensor, stride: Pair) -> list[Tensor]:
     return [rows[:, h :: stride[0], w :: stride[1]] for h in range(stride[0]) for w in range(stride[1])]
 
 
-def _is_aligned(rows: Tensor, unit: int) -> bool:
+def is_aligned(rows: Tensor) -> bool:
+    """Whether the copy engine takes [N, H, W, C] as it lies."""
+    unit = ALIGNMENT_BYTES // rows.element_size()
     long_axes = [step for size, step in zip(rows.shape[:-1], rows.stride()[:-1], strict=True) if size > 1]
     is_dense = rows.shape[-1] == 1 or rows.stride(-1) == 1
     fits = all(step % unit == 0 and step > 0 for step in long_axes)

@@ -1,6 +1,7 @@
-"""Triton backend: block masks of this step, listed on the device; the weight is read where it lies.
+"""Triton backend: masks of blocks and of channels of this step, listed on the device; no host waits for them.
 
-The kernels are those of packed weights, ops/_triton/block_conv.py: a kept block is a box of a dense weight.
+The kernels are those of packed weights: a kept block is a box of a dense weight (ops/_triton/block_conv.py),
+and of channels the programs of those that are not kept end early (ops/_triton/channel_conv.py).
 """
 
 from __future__ import annotations
@@ -9,11 +10,17 @@ import torch
 from torch import Tensor
 
 from vpns_kernels.geometry import Pair
-from vpns_kernels.ops._triton import block_conv, blocks
+from vpns_kernels.ops._triton import block_conv, blocks, channel_conv, channel_lists
+from vpns_kernels.ops._triton.block_conv import BlockWeight
 from vpns_kernels.ops._triton.block_gradients import score_sums
 from vpns_kernels.ops._triton.block_lists import list_blocks
+from vpns_kernels.ops._triton.channel_lists import ChannelList, all_channels, filters, masked_channels
+from vpns_kernels.ops._triton.epilogue import Epilogue
 from vpns_kernels.ops._triton.rows import empty_activation
-from vpns_kernels.patterns import Block, parse_pattern
+from vpns_kernels.patterns import Block, Channel, parse_pattern
+
+# Input channels that scores of channels are summed over at a time.
+_ROW = 128
 
 
 def why_not(
@@ -28,14 +35,16 @@ def why_not(
     dilation: Pair,
     groups: int,
 ) -> str | None:
-    """Masks of blocks of 16 to 64 channels a side, strides of 1 and 2, no groups."""
+    """Masks of blocks of 16 to 64 channels a side or of channels, strides of 1 and 2, no groups."""
     kind = parse_pattern(pattern)
-    if not isinstance(kind, Block):
-        return f"it takes masks of blocks, got {kind.spec} (dense products serve it: reference)"
+    if not isinstance(kind, Block | Channel):
+        return f"it takes masks of blocks and channels, got {kind.spec} (dense products serve it: reference)"
     if weight.dtype == torch.float64:
         return "it takes weights of at most float32"
     geometry = blocks.build_geometry(weight.shape, stride, padding, dilation, groups)
-    return blocks.why_not((kind.bk, kind.bc), geometry, x.dtype)
+    if isinstance(kind, Block):
+        return blocks.why_not((kind.bk, kind.bc), geometry, x.dtype)
+    return channel_lists.why_not(geometry, x.dtype)
 
 
 def run(
@@ -53,9 +62,15 @@ def run(
     geometry = blocks.build_geometry(weight.shape, stride, padding, dilation, groups)
     shape = (x.shape[0], geometry.out_channels, *geometry.output_size(*x.shape[2:]))
     y = empty_activation(shape, x.dtype, x.device)
-    lists = list_blocks(mask.flatten(2).contiguous(), geometry, is_input_gradient=False)
-    epilogue = block_conv.Epilogue(bias)
-    block_conv.convolve(x, _weight(weight, pattern, x.dtype), lists, geometry, y, epilogue)
+    block = _block(pattern)
+    if block is None:
+        outputs, inputs = masked_channels(mask), all_channels(geometry.in_channels, x.device)
+        kept = filters(_kept_first(weight, outputs), x.dtype)
+        channel_conv.convolve(x, kept, inputs, outputs, geometry, y, Epilogue(bias))
+    else:
+        lists = list_blocks(mask.flatten(2).contiguous(), geometry, is_input_gradient=False)
+        dense = BlockWeight(blocks.dense_blocks(weight, x.dtype), block, is_packed=False)
+        block_conv.convolve(x, dense, lists, geometry, y, Epilogue(bias))
     return y
 
 
@@ -74,8 +89,15 @@ def run_input_gradient(
     """As x, channels_last: the same kernel with the transposed weight."""
     geometry = blocks.build_geometry(weight.shape, stride, padding, dilation, groups)
     grad_x = empty_activation(tuple(x.shape), x.dtype, x.device)
-    lists = list_blocks(mask.flatten(2).contiguous(), geometry, is_input_gradient=True)
-    block_conv.input_gradient(grad, _weight(weight, pattern, x.dtype), lists, geometry, grad_x)
+    block = _block(pattern)
+    if block is None:
+        outputs, inputs = masked_channels(mask), all_channels(geometry.in_channels, x.device)
+        kept = filters(_kept_first(weight, outputs), x.dtype)
+        channel_conv.input_gradient(grad, kept, inputs, outputs, geometry, grad_x)
+    else:
+        lists = list_blocks(mask.flatten(2).contiguous(), geometry, is_input_gradient=True)
+        dense = BlockWeight(blocks.dense_blocks(weight, x.dtype), block, is_packed=False)
+        block_conv.input_gradient(grad, dense, lists, geometry, grad_x)
     return grad_x
 
 
@@ -91,17 +113,21 @@ def run_score_gradient(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """sign(S) · Σ_block W · dW, as scores; the dense dW is never written."""
+    """sign(S) · Σ_unit W · dW, as scores; the dense dW is never written."""
     geometry = blocks.build_geometry(weight.shape, stride, padding, dilation, groups)
-    sums = score_sums(grad, x, weight.detach(), _block(pattern), geometry)
+    # A channel is a row of blocks.
+    sums = score_sums(grad, x, weight.detach(), _block(pattern) or (1, _ROW), geometry)
+    if _block(pattern) is None:
+        sums = sums.sum((1, 2, 3))
     return (scores.detach().sign() * sums).to(scores.dtype)
 
 
-def _weight(weight: Tensor, pattern: str, dtype: torch.dtype) -> block_conv.BlockWeight:
-    return block_conv.BlockWeight(blocks.dense_blocks(weight, dtype), _block(pattern), is_packed=False)
-
-
-def _block(pattern: str) -> Pair:
+def _block(pattern: str) -> Pair | None:
+    """Sides of blocks; None of channels."""
     kind = parse_pattern(pattern)
-    assert isinstance(kind, Block)
-    return kind.bk, kind.bc
+    return (kind.bk, kind.bc) if isinstance(kind, Block) else None
+
+
+def _kept_first(weight: Tensor, outputs: ChannelList) -> Tensor:
+    """Filters in the order of the list: those of kept channels are then side by side."""
+    return weight.detach().index_select(0, outputs.order)

@@ -1,4 +1,4 @@
-"""Triton backend: block weights by the kernels of ops/_triton/block_conv.py and block_gradients.py."""
+"""Triton backend: weights of blocks and of channels, by the kernels that ops/_triton/packed.py names."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vpns_kernels.geometry import Pair
-from vpns_kernels.ops._triton import block_conv, blocks
-from vpns_kernels.ops._triton.block_gradients import weight_gradient
+from vpns_kernels.ops._triton import packed
+from vpns_kernels.ops._triton.blocks import build_geometry
+from vpns_kernels.ops._triton.epilogue import Epilogue
 from vpns_kernels.ops._triton.rows import empty_activation
 
 
 def why_not(
     x: Tensor, values: Tensor, layout: Sequence[Tensor], bias: Tensor | None, *sizes: object
 ) -> str | None:
-    """Blocks of 16 to 64 channels a side, strides of 1 and 2, no groups."""
-    return blocks.why_not_packed(x, values, sizes)
+    """Blocks of 16 to 64 channels a side or whole channels, strides of 1 and 2, no groups."""
+    return packed.why_not(x, values, sizes)
 
 
 def run(
@@ -30,12 +31,10 @@ def run(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    geometry = blocks.build_geometry(weight_shape, stride, padding, dilation, groups)
+    geometry = build_geometry(weight_shape, stride, padding, dilation, groups)
     shape = (x.shape[0], geometry.out_channels, *geometry.output_size(*x.shape[2:]))
     y = empty_activation(shape, x.dtype, x.device)
-    found = blocks.packed_blocks(values, layout, geometry)
-    weight = blocks.packed_weight(values, x.dtype)
-    block_conv.convolve(x, weight, found.forward, geometry, y, block_conv.Epilogue(bias))
+    packed.convolve(x, values, layout, geometry, y, Epilogue(bias))
     return y
 
 
@@ -51,11 +50,9 @@ def run_input_gradient(
     groups: int,
 ) -> Tensor:
     """As x, channels_last: the same kernel with the transposed weight."""
-    geometry = blocks.build_geometry(weight_shape, stride, padding, dilation, groups)
+    geometry = build_geometry(weight_shape, stride, padding, dilation, groups)
     grad_x = empty_activation(tuple(x.shape), x.dtype, x.device)
-    found = blocks.packed_blocks(values, layout, geometry)
-    weight = blocks.packed_weight(values, x.dtype)
-    block_conv.input_gradient(grad, weight, found.backward, geometry, grad_x)
+    packed.input_gradient(grad, values, layout, geometry, grad_x)
     return grad_x
 
 
@@ -70,9 +67,6 @@ def run_weight_gradient(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """As values: of kept blocks only, summed in float32."""
-    geometry = blocks.build_geometry(weight_shape, stride, padding, dilation, groups)
-    entries, counts, order = blocks.packed_blocks(values, layout, geometry).gradients
-    bk, bc = values.shape[1:]
-    sums = weight_gradient(grad, x, entries, counts, (bk, bc), geometry)
-    return sums.index_select(0, order).to(values.dtype)
+    """As values: of what is kept alone, summed in float32."""
+    geometry = build_geometry(weight_shape, stride, padding, dilation, groups)
+    return packed.weight_gradient(grad, x, values, layout, geometry).to(values.dtype)

@@ -1,4 +1,4 @@
-"""Triton backend: block weights by ops/_triton/block_conv.py, whose stores add, activate and round."""
+"""Triton backend: the kernels of sparse_conv2d, whose stores add, activate and round."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from vpns_kernels.geometry import Pair
-from vpns_kernels.ops._triton import block_conv, blocks
+from vpns_kernels.ops._triton import packed
+from vpns_kernels.ops._triton.blocks import build_geometry
+from vpns_kernels.ops._triton.epilogue import Epilogue
 from vpns_kernels.ops._triton.rows import empty_activation
 
 
@@ -20,9 +22,14 @@ def why_not(
     residual: Tensor | None,
     *rest: object,
 ) -> str | None:
-    """Blocks of 16 to 64 channels a side, strides of 1 and 2, no groups."""
+    """Blocks of 16 to 64 channels a side or whole channels, strides of 1 and 2, no groups."""
     *sizes, _, _ = rest
-    return blocks.why_not_packed(x, values, sizes)
+    return packed.why_not(x, values, sizes)
+
+
+def prepare(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same values, lying as `run` reads them for inputs of this type without a copy."""
+    return packed.prepare(values, dtype)
 
 
 def run(
@@ -39,13 +46,10 @@ def run(
     act: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    geometry = blocks.build_geometry(weight_shape, stride, padding, dilation, groups)
+    geometry = build_geometry(weight_shape, stride, padding, dilation, groups)
     shape = (x.shape[0], geometry.out_channels, *geometry.output_size(*x.shape[2:]))
     y = empty_activation(shape, out_dtype, x.device)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    found = blocks.packed_blocks(values, layout, geometry)
-    weight = blocks.packed_weight(values, x.dtype)
-    epilogue = block_conv.Epilogue(bias, residual, act)
-    block_conv.convolve(x, weight, found.forward, geometry, y, epilogue)
+    packed.convolve(x, values, layout, geometry, y, Epilogue(bias, residual, act))
     return y

@@ -1,0 +1,77 @@
+"""How large are the pieces of a channel-pruned convolution? Pure functions of sizes, as those of tiles.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vpns_kernels.geometry import Pair
+from vpns_kernels.ops._triton.tiles import Tiles, pick_pixels, pick_stages
+
+# Sums are short, and most programs that share a multiprocessor wait for channels that they gather.
+_STAGES = 3
+
+
+@dataclass(frozen=True)
+class ChannelTiles:
+    """What one program computes, and with how much.
+
+    Args:
+        block: channels that it writes, and that it reads at a time.
+    """
+
+    tiles: Tiles
+    block: Pair
+
+
+def pick_side(count: int, sides: tuple[int, ...]) -> int:
+    """The side of blocks that cover `count` channels with the fewest beyond; among equals the largest."""
+    return min(sides, key=lambda side: (-(-max(1, count) // side) * side, -side))
+
+
+def pick_channel_tiles(
+    sizes: tuple[int, int, int], kept: Pair, is_run: bool, dtype: torch.dtype, capability: int
+) -> ChannelTiles:
+    """Tiles of the forward pass and of the input's gradient.
+
+    Args:
+        sizes: N, P, Q of what is written (of a class of it).
+        kept: channels that are written and read.
+        is_run: whether descriptors read them.
+        capability: major number of the device's compute capability.
+    """
+    is_half, is_hopper = dtype.itemsize == 2, capability >= 9
+    block = (
+        pick_side(kept[0], (32, 64, 128) if is_half and is_hopper else (32, 64)),
+        # Float32 takes twice the memory, and products of its own multiply by registers alone.
+        pick_side(kept[1], (32, 64)) if is_half else 16,
+    )
+    # What is gathered has its addresses in registers: of fewer pixels, programs that share a multiprocessor
+    # hide one another's loads.
+    most = 128 if is_half and is_run and is_hopper else 64 if is_half or is_hopper else 32
+    pixels = pick_pixels(sizes, most, least=min(most, 64))
+    stage_bytes = (pixels.size + block[0]) * block[1] * dtype.itemsize
+    is_large = pixels.size * block[0] > 64 * 128 or (not is_half and block[0] > 32)
+    warps = 8 if is_large or (is_run and not is_hopper) else 4
+    return ChannelTiles(Tiles(pixels, warps, pick_stages(stage_bytes, _STAGES, capability)), block)
+
+
+def pick_channel_gradient_tiles(
+    sizes: tuple[int, int, int], kept: Pair, dtype: torch.dtype, capability: int
+) -> ChannelTiles:
+    """Tiles of the weights' gradient: how many pixels a program sums at a time, of which channels.
+
+    Args:
+        sizes: N, P, Q of the output's gradient.
+        kept: filters and channels.
+    """
+    if dtype.itemsize == 2:
+        # Products of a warp group have 64 rows, which are filters here.
+        rows = (64,) if capability >= 9 and kept[0] > 32 else (32, 64)
+        block = (pick_side(kept[0], rows), pick_side(kept[1], (32, 64)))
+    else:
+        block = (32, 32)
+    pixels = pick_pixels(sizes, 64 if dtype.itemsize == 2 else 32, least=16)
+    stage_bytes = pixels.size * (block[0] + block[1]) * dtype.itemsize
+    return ChannelTiles(Tiles(pixels, 4, pick_stages(stage_bytes, _STAGES, capability)), block)
