@@ -32,6 +32,8 @@ INSTRUCTIONS = {
     "tma_loads": r"\bcp\.async\.bulk\.tensor\.\dd\.shared",
     "tma_stores": r"\bcp\.async\.bulk\.tensor\.\dd\.global",
     "async_copies": r"\bcp\.async\.c[ag]\.",
+    # Those of 16 bytes, the only ones that leave the first cache out.
+    "wide_copies": r"\bcp\.async\.cg\.",
 }
 _PRODUCT = re.compile(r"tt\.dot .*-> tensor<(\d+)x(\d+)xf(?:16|32|64)>")
 Row = dict[str, Any]

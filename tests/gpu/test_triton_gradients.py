@@ -59,6 +59,7 @@ def _poison() -> Any:
         yield
 
 
+@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("layer", LAYERS)
@@ -89,6 +90,7 @@ def test_a_packed_layer_gets_its_gradients(
         assert torch.equal(one, other)
 
 
+@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("layer", LAYERS)

@@ -196,6 +196,36 @@ def test_the_kernels_of_an_op_compile_for_its_hardest_layer(op: str) -> None:
     assert programs.passes_without_product(rows) == []
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("op", "layer", "pattern"),
+    [
+        # Four classes of pixels, an epilogue, and a tile of 64 images, of which ptxas spared no register.
+        ("sparse_conv2d_fused", HARDEST, "block:32x32"),
+        ("sparse_conv2d", "resnet18.fc", "block:32x32"),
+        ("masked_conv2d", HARDEST, "block:64x64"),
+        ("masked_conv2d", "vgg16.features.7", "block:64x64"),
+        ("prompt_conv2d", FIRST, ""),
+    ],
+)
+def test_no_convolution_spills_in_float32(op: str, layer: str, pattern: str, arch: int) -> None:
+    layers = [found for found in distinct_layers() if found.name == layer]
+    rows = Programs(calls([op], layers, ["float32"], [pattern], [arch])).compile()
+    assert rows
+    spilt = [row for row in rows if row["stack_bytes"] or row["local_bytes"]]
+    assert not [(row["kernel"], row["constants"], row["stack_bytes"]) for row in spilt]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_before_hopper_blocks_are_copied_asynchronously_sixteen_bytes_at_a_time(dtype: str) -> None:
+    layers = [found for found in distinct_layers() if found.name == HARDEST]
+    found = calls(["masked_conv2d"], layers, [dtype], ["block:64x64"], [80])
+    rows = [row for row in Programs(found).compile() if row["products"]]
+    # Forward, input gradient and score gradient.
+    assert len({row["passes"][0] for row in rows}) == 3
+    assert all(row["async_copies"] == row["wide_copies"] > 0 for row in rows)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("op", ops_with_triton())

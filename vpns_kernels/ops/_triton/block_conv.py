@@ -19,8 +19,9 @@ from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton.block_lists import BlockLists
+from vpns_kernels.ops._triton.boxes import as_boxes, is_by_address, load_block, load_box
 from vpns_kernels.ops._triton.epilogue import Epilogue, finish
-from vpns_kernels.ops._triton.launch import Launch, capability_of, describe, dot_precision
+from vpns_kernels.ops._triton.launch import Launch, capability_of, dot_precision
 from vpns_kernels.ops._triton.rows import as_rows, split_classes
 from vpns_kernels.ops._triton.tiles import pick_tiles
 
@@ -75,12 +76,13 @@ def _start(
         return
     sizes = (N, -(-P // steps[0]), -(-Q // steps[1]))
     dtype = sources[0].dtype
-    tiles = pick_tiles(sizes, block, dtype, capability_of(target.device))
+    capability = capability_of(target.device)
+    tiles = pick_tiles(sizes, block, dtype, capability, dot_precision(dtype))
     box = tiles.pixels
-    described = [describe(x, (box.images, box.rows, box.columns, block[1])) for x in sources]
-    args = {f"x_{i}": described[min(i, len(described) - 1)] for i in range(_MOST_CLASSES)}
+    boxes = [as_boxes(x, (box.images, box.rows, box.columns, block[1]), capability) for x in sources]
+    args = {f"x_{i}": boxes[min(i, len(boxes) - 1)] for i in range(_MOST_CLASSES)}
     args |= {
-        "w": describe(weight.blocks, (1, *weight.block)),
+        "w": as_boxes(weight.blocks, (1, *weight.block), capability),
         "y_ptr": target,
         **epilogue.pointers(target),
         "starts_ptr": lists.starts,
@@ -103,6 +105,7 @@ def _start(
         "BLOCK_IN": block[1],
         "IS_TRANSPOSED": is_transposed,
         "IS_PACKED": weight.is_packed,
+        "BY_ADDRESS": is_by_address(capability),
         **epilogue.constants,
         "PRECISION": dot_precision(dtype),
     }
@@ -138,6 +141,7 @@ def _convolve_kernel(
     BLOCK_IN: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
     IS_PACKED: tl.constexpr,
+    BY_ADDRESS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACT: tl.constexpr,
@@ -169,19 +173,26 @@ def _convolve_kernel(
             shift_p, shift_q = (entry & 0xFF).to(tl.int32) - 128, (entry >> 8 & 0xFF).to(tl.int32) - 128
             channels = (entry >> 16 & 0xFFFF).to(tl.int32)
             value = (entry >> 32).to(tl.int32)
-            x = sources[cls].load([n0, p0 + shift_p, q0 + shift_q, channels * BLOCK_IN])
-            x = x.reshape(PIXELS, BLOCK_IN)
+            x = load_box(
+                sources[cls],
+                n0,
+                p0 + shift_p,
+                q0 + shift_q,
+                channels * BLOCK_IN,
+                BLOCK_N,
+                BLOCK_P,
+                BLOCK_Q,
+                BLOCK_IN,
+                BY_ADDRESS,
+            )
+            # Of a packed weight an entry names the block itself.
+            at_out, at_in = (0, 0) if IS_PACKED else (out * BLOCK_OUT, channels * BLOCK_IN)
             if IS_TRANSPOSED:
-                at_k, at_c = channels * BLOCK_IN, out * BLOCK_OUT
+                block = load_block(w, value, at_in, at_out, BLOCK_IN, BLOCK_OUT, BY_ADDRESS)
+                acc = tl.dot(x, block, acc, input_precision=PRECISION)
             else:
-                at_k, at_c = out * BLOCK_OUT, channels * BLOCK_IN
-            if IS_PACKED:
-                at_k, at_c = 0, 0
-            block = w.load([value, at_k, at_c])
-            if IS_TRANSPOSED:
-                acc = tl.dot(x, block.reshape(BLOCK_IN, BLOCK_OUT), acc, input_precision=PRECISION)
-            else:
-                acc = tl.dot(x, block.reshape(BLOCK_OUT, BLOCK_IN).T, acc, input_precision=PRECISION)
+                block = load_block(w, value, at_out, at_in, BLOCK_OUT, BLOCK_IN, BY_ADDRESS)
+                acc = tl.dot(x, block.T, acc, input_precision=PRECISION)
             entry = following
 
     pixel = tl.arange(0, PIXELS)

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry, Pair
-from vpns_kernels.ops._triton.launch import Launch, capability_of, describe, dot_precision
+from vpns_kernels.ops._triton.boxes import as_boxes, is_by_address, load_box
+from vpns_kernels.ops._triton.launch import Launch, capability_of, dot_precision
 from vpns_kernels.ops._triton.rows import as_rows, split_classes
 from vpns_kernels.ops._triton.taps import list_taps, tap_table
 from vpns_kernels.ops._triton.tiles import PixelTile, pick_gradient_tiles, pick_split
@@ -107,10 +108,10 @@ def _operands(
     """Arguments and constants that both kernels share."""
     N, P, Q = sizes
     boxes = box.count(N, P, Q)
-    shape = (box.images, box.rows, box.columns)
+    shape, capability = (box.images, box.rows, box.columns), capability_of(dy.device)
     args: dict[str, object] = {
-        "dy": describe(dy, (*shape, tile[0])),
-        "x": describe(source, (*shape, tile[1])),
+        "dy": as_boxes(dy, (*shape, tile[0]), capability),
+        "x": as_boxes(source, (*shape, tile[1]), capability),
         "boxes": boxes,
         "share": -(-boxes // split),
         "P": P,
@@ -122,6 +123,7 @@ def _operands(
         "BLOCK_Q": box.columns,
         "BLOCK_K": tile[0],
         "BLOCK_C": tile[1],
+        "BY_ADDRESS": is_by_address(capability),
         "PRECISION": dot_precision(dy.dtype),
     }
     return args, constants
@@ -143,10 +145,10 @@ def _sum_pixels(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BY_ADDRESS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """float32 [BLOCK_K, BLOCK_C] of this program's share of the pixels."""
-    PIXELS: tl.constexpr = BLOCK_N * BLOCK_P * BLOCK_Q
     shift_p, shift_q = (tap & 0xFF) - 128, (tap >> 8 & 0xFF) - 128
     boxes_q, boxes_p = tl.cdiv(Q, BLOCK_Q), tl.cdiv(P, BLOCK_P)
     begin = tl.program_id(1) * share
@@ -155,8 +157,9 @@ def _sum_pixels(
         q0 = box % boxes_q * BLOCK_Q
         p0 = box // boxes_q % boxes_p * BLOCK_P
         n0 = box // (boxes_q * boxes_p) * BLOCK_N
-        dy_box = dy.load([n0, p0, q0, at_k]).reshape(PIXELS, BLOCK_K)
-        x_box = x.load([n0, p0 + shift_p, q0 + shift_q, at_c]).reshape(PIXELS, BLOCK_C)
+        dy_box = load_box(dy, n0, p0, q0, at_k, BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K, BY_ADDRESS)
+        p, q = p0 + shift_p, q0 + shift_q
+        x_box = load_box(x, n0, p, q, at_c, BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_C, BY_ADDRESS)
         acc = tl.dot(dy_box.T, x_box, acc, input_precision=PRECISION)
     return acc
 
@@ -178,6 +181,7 @@ def _weight_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BY_ADDRESS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Programs: (a block of the class; a share of the pixels)."""
@@ -186,7 +190,22 @@ def _weight_kernel(
     at_k, at_c = (entry >> 32 & 0xFFFF).to(tl.int32) * BLOCK_K, (entry >> 16 & 0xFFFF).to(tl.int32) * BLOCK_C
     tap = (entry & 0xFFFF).to(tl.int32)
     acc = _sum_pixels(
-        dy, x, at_k, at_c, tap, boxes, share, P, Q, BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION
+        dy,
+        x,
+        at_k,
+        at_c,
+        tap,
+        boxes,
+        share,
+        P,
+        Q,
+        BLOCK_N,
+        BLOCK_P,
+        BLOCK_Q,
+        BLOCK_K,
+        BLOCK_C,
+        BY_ADDRESS,
+        PRECISION,
     )
     offs = tl.arange(0, BLOCK_K)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     slot = tl.program_id(1).to(tl.int64) * count + place
@@ -223,6 +242,7 @@ def _score_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BY_ADDRESS: tl.constexpr,
     PRECISION: tl.constexpr,
     PER_K: tl.constexpr,
     PER_C: tl.constexpr,
@@ -233,7 +253,22 @@ def _score_kernel(
     tap = tl.load(taps_ptr + first + tile // (tiles_c * tiles_k))
     at_k, at_c = tile_k * BLOCK_K, tile_c * BLOCK_C
     acc = _sum_pixels(
-        dy, x, at_k, at_c, tap, boxes, share, P, Q, BLOCK_N, BLOCK_P, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION
+        dy,
+        x,
+        at_k,
+        at_c,
+        tap,
+        boxes,
+        share,
+        P,
+        Q,
+        BLOCK_N,
+        BLOCK_P,
+        BLOCK_Q,
+        BLOCK_K,
+        BLOCK_C,
+        BY_ADDRESS,
+        PRECISION,
     )
     k, c = at_k + tl.arange(0, BLOCK_K), at_c + tl.arange(0, BLOCK_C)
     index = tap >> 16

@@ -38,12 +38,14 @@ class Tiles:
 
 
 def pick_tiles(geometry: ConvGeometry, images: int, width: int, dtype: torch.dtype) -> Tiles:
-    """Up to 64 pixels of a row, up to 64 channels at a time (32 in float32), groups of images."""
+    """Up to 64 pixels of a row, up to 64 channels at a time, groups of images.
+
+    Of float32, whose products no tensor core takes, 32 and 16: a thread has their operands in registers.
+    """
     across = triton.cdiv(width, geometry.stride[1])
-    block_x = min(64, max(16, triton.next_power_of_2(across)))
-    block_k = min(
-        32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(geometry.out_channels))
-    )
+    most_x, most_k = (32, 16) if dtype == torch.float32 else (64, 64)
+    block_x = min(most_x, max(16, triton.next_power_of_2(across)))
+    block_k = min(most_k, max(16, triton.next_power_of_2(geometry.out_channels)))
     each = max(_IMAGES_PER_SPLIT, triton.cdiv(images, _SPLITS))
     return Tiles(block_x, block_k, max(1, triton.cdiv(images, each)), each, warps=4, stages=2)
 

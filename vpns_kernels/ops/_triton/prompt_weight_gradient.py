@@ -23,7 +23,6 @@ from vpns_kernels.ops._triton.prompt_pixels import Pixels, load_pixels, outputs_
 # Programs that fill the largest GPU, and steps below which a program is not worth its start.
 _PROGRAMS = 512
 _STEPS_PER_SPLIT = 16
-_OUTPUTS = 32
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,20 @@ class Tiles:
     stages: int
 
 
-def pick_tiles(geometry: ConvGeometry, outputs: int) -> Tiles:
+def pick_tiles(geometry: ConvGeometry, outputs: int, dtype: torch.dtype) -> Tiles:
     """64 taps, a product's rows on tensor cores; as many splits of the outputs as keep a GPU busy.
 
-    Eight warps and 32 outputs, so that a thread gathers few pixels and two programs share a multiprocessor.
+    Eight warps and 32 outputs (16 in float32, whose operands a thread has in registers), so that a thread
+    gathers few pixels and two programs share a multiprocessor.
     """
+    block_m = 16 if dtype == torch.float32 else 32
     taps, K = 3 * geometry.kernel_size[0] * geometry.kernel_size[1], geometry.out_channels
     block_t, block_k = (min(64, max(16, triton.next_power_of_2(size))) for size in (taps, K))
     wanted = max(1, _PROGRAMS // (triton.cdiv(taps, block_t) * triton.cdiv(K, block_k)))
-    steps = triton.cdiv(outputs, _OUTPUTS)
+    steps = triton.cdiv(outputs, block_m)
     steps_per_split = max(1, triton.cdiv(steps, wanted), min(steps, _STEPS_PER_SPLIT))
     splits = max(1, triton.cdiv(steps, steps_per_split))
-    return Tiles(_OUTPUTS, block_k, block_t, splits, steps_per_split * _OUTPUTS, warps=8, stages=2)
+    return Tiles(block_m, block_k, block_t, splits, steps_per_split * block_m, warps=8, stages=2)
 
 
 @triton.jit
@@ -131,7 +132,7 @@ def weight_gradient(parts: Sequence[tuple[Pixels, Tensor, str]], geometry: ConvG
         parts: pixels, a gradient [N, K, P, Q], channels_last, whose type is that of the products, and the
             products' precision.
     """
-    plans = [pick_tiles(geometry, grad.numel() // grad.shape[1]) for _, grad, _ in parts]
+    plans = [pick_tiles(geometry, grad.numel() // grad.shape[1], grad.dtype) for _, grad, _ in parts]
     taps, K = 3 * geometry.kernel_size[0] * geometry.kernel_size[1], geometry.out_channels
     count = sum(tiles.splits for tiles in plans)
     sums = torch.empty((count, taps * K), dtype=torch.float32, device=parts[0][1].device)

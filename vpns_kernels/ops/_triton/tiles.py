@@ -46,26 +46,32 @@ class Tiles:
 
 
 def pick_tiles(
-    sizes: tuple[int, int, int], block: tuple[int, int], dtype: torch.dtype, capability: int
+    sizes: tuple[int, int, int],
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    capability: int,
+    precision: str = "tf32",
 ) -> Tiles:
     """Tiles of the forward pass and of the input's gradient.
+
+    A thread has both operands of a product in registers beside its sums, but where tensor cores read shared
+    memory: Hopper's do, and none takes the full products of float32. There more warps share the sums.
 
     Args:
         sizes: N, P, Q of what is written (of a class of it).
         block: channels of an output and of an input block.
         capability: major number of the device's compute capability.
+        precision: of products of float32, "tf32" or "ieee".
     """
+    is_half, is_full = dtype.itemsize == 2, dtype == torch.float32 and precision == "ieee"
     # Float32 takes twice the memory.
-    most = 128 if dtype.itemsize == 2 else 64
-    # Before Hopper the operands of products lie in registers as well as the sums: seen to spill with more.
-    if capability < 9:
-        most //= 2
+    most = 128 if is_half else 32 if is_full and capability < 9 else 64
     # Products of a warp group have 64 rows; fewer would leave lanes idle.
     pixels = pick_pixels(sizes, most, least=min(most, 64))
     stage_bytes = (pixels.size + block[0]) * block[1] * dtype.itemsize
-    sum_bytes = pixels.size * block[0] * dtype.itemsize
-    # Before Hopper every thread holds addresses of its own: four warps would spill.
-    warps = 8 if capability < 9 or sum_bytes > 2 * 64 * 128 else 4
+    has_many_sums = pixels.size * block[0] * dtype.itemsize > 2 * 64 * 128
+    is_crowded = (max(block) >= 64 or not is_half) if capability < 9 else (is_full or has_many_sums)
+    warps = 8 if is_crowded else 4
     return Tiles(pixels, warps, pick_stages(stage_bytes, _LIST_STAGES, capability))
 
 
@@ -94,11 +100,12 @@ def pick_gradient_tiles(
         sizes: N, P, Q of the output's gradient.
         tile: filters and channels of a program.
     """
-    is_crowded = capability < 9 and min(tile) >= 64
-    most = (64 if dtype.itemsize == 2 else 32) // (2 if is_crowded else 1)
+    # Before Hopper operands lie in registers beside the sums (see pick_tiles).
+    is_crowded, is_large = capability < 9 and min(tile) >= 64, tile[0] * tile[1] > 64 * 128
+    most = (64 if dtype.itemsize == 2 else 32) // (2 if capability < 9 and is_large else 1)
     pixels = pick_pixels(sizes, most, least=16)
     stage_bytes = pixels.size * (tile[0] + tile[1]) * dtype.itemsize
-    warps = 8 if is_crowded or tile[0] * tile[1] > 64 * 128 else 4
+    warps = 8 if is_crowded or is_large else 4
     return Tiles(pixels, warps, pick_stages(stage_bytes, _PIXEL_STAGES, capability))
 
 
