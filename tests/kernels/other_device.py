@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
-from dataclasses import astuple
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from tests.gpu.test_triton_training import DENSITY, PATTERN, make_predictor
 from tests.kernels import networks
-from tests.kernels.test_contract import can_run, masked_conv2d_inputs
+from tests.kernels.test_contract import (
+    can_run,
+    masked_conv2d_inputs,
+    sparse_conv2d_fused_inputs,
+    sparse_conv2d_inputs,
+)
 from vpns.accelerate import fuse_predictor, set_backends
 from vpns.masking import refresh
 from vpns.predictor import Predictor
@@ -31,17 +37,36 @@ from vpns_kernels.engine.lower import lower
 from vpns_kernels.engine.select import draft_plan
 from vpns_kernels.engine.trace import trace_network
 from vpns_kernels.geometry import ConvGeometry
-from vpns_kernels.ops._triton import backend, block_gradients, block_lists, taps
+from vpns_kernels.ops._triton import (
+    backend,
+    block_gradients,
+    block_lists,
+    blocks,
+    bracket,
+    channel_conv,
+    channel_gradients,
+    channel_lists,
+    kept_masks,
+    taps,
+)
+from vpns_kernels.ops._triton import chunks as chunk_tables
 from vpns_kernels.ops._triton.launch import Launch, recorded
 from vpns_kernels.ops.prompt_conv2d import MEAN, STD
 
 NAME, DEVICE = "nowhere", "nowhere:0"
+# One for all: what kernels keep from call to call must not come from another.
+_MODE = FakeTensorMode()
+# What stands on the device, kept alive, and the tensor of the CPU that it stands for, by identity.
+_originals: dict[int, tuple[Tensor, Tensor]] = {}
+_packed_blocks, _packed_channels = blocks.packed_blocks, channel_lists.packed_channels
 
 
 def empty_like(tensor: Tensor) -> Tensor:
     """On the device; channels_last as the original."""
     strides, shape = tensor.stride(), tuple(tensor.shape)
-    return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=DEVICE)
+    moved = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=DEVICE)
+    _originals[id(moved)] = (moved, tensor)
+    return moved
 
 
 def move(module: nn.Module) -> None:
@@ -70,7 +95,7 @@ def try_training() -> dict[str, list[str]]:
     found = {}
     for stage in ("search", "tune"):
         predictor = make_predictor(stage, torch.device("cpu"))
-        with FakeTensorMode(), recorded(lambda launch: None):
+        with _MODE, recorded(lambda launch: None):
             move(predictor)
             fused, _ = fuse_predictor(predictor)
             for name in ("triton", "reference"):
@@ -102,7 +127,7 @@ def try_kernels() -> dict[str, int]:
         op, started = OPS[name], list[Launch]()
         for args in [case.build() for case in op.cases()]:
             is_empty = any(leaf.numel() == 0 for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-            with FakeTensorMode(), recorded(started.append):
+            with _MODE, recorded(started.append):
                 moved = tree_map_only(Tensor, empty_like, args)
                 if not is_empty and can_run(op, moved, "triton"):
                     run(op.module("triton"), moved)
@@ -115,6 +140,60 @@ def tap_table(geometry: ConvGeometry, sign: int, device: torch.device) -> tuple[
     with unset_fake_temporarily():
         made = taps.tap_table(geometry, sign, torch.device("cpu"))
     return tuple(empty_like(tensor) for tensor in made)
+
+
+def packed_blocks(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> blocks.PackedBlocks:
+    """As the kernels have it, of a layout that the host read when it was first seen."""
+    with unset_fake_temporarily():
+        made = _packed_blocks(torch.zeros(values.shape), [_originals[id(t)][1] for t in layout], geometry)
+        entries, counts, order = made.gradients
+    moved = blocks.PackedBlocks(empty_like(made.table), geometry)
+    # Where a cached property keeps what the host once read.
+    moved.__dict__["gradients"] = empty_like(entries), counts, empty_like(order)
+    return moved
+
+
+def packed_channels(
+    values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry
+) -> channel_lists.PackedChannels:
+    """As `packed_blocks`."""
+    with unset_fake_temporarily():
+        made = _packed_channels(torch.zeros(values.shape), [_originals[id(t)][1] for t in layout], geometry)
+    outputs, inputs = (replace(kept, order=empty_like(kept.order)) for kept in (made.outputs, made.inputs))
+    return channel_lists.PackedChannels(outputs, inputs)
+
+
+def chunk_table(tensors: Sequence[Tensor], chunk: int) -> Tensor:
+    """As the kernels have it, of addresses that the host knows, once for each list of tensors."""
+    return _table(lambda stand_ins: chunk_tables.chunk_table(stand_ins, chunk), tensors)
+
+
+def sample_table(tensors: Sequence[Tensor], count: int) -> Tensor:
+    """As `chunk_table`."""
+    return _table(lambda stand_ins: chunk_tables.sample_table(stand_ins, count), tensors)
+
+
+def _table(make: Callable[[list[Tensor]], Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    with unset_fake_temporarily():
+        made = make([torch.zeros(shape) for shape in shapes])
+    return empty_like(made)
+
+
+def _sparse_conv2d(module: Any, args: dict[str, Any]) -> None:
+    x, values, layout, bias, *sizes = sparse_conv2d_inputs(args)
+    grad = torch.empty_like(module.run(x, values, layout, bias, *sizes))
+    module.run_input_gradient(grad, x, values, layout, *sizes)
+    module.run_weight_gradient(grad, x, values, layout, *sizes)
+
+
+def _sparse_conv2d_fused(module: Any, args: dict[str, Any]) -> None:
+    module.run(*sparse_conv2d_fused_inputs(args))
+
+
+def _select_threshold(module: Any, args: dict[str, Any]) -> None:
+    threshold, ties_kept = module.run(args["scores"], 1)
+    module.take_kept(args["scores"], threshold, ties_kept)
 
 
 def _masked_conv2d(module: Any, args: dict[str, Any]) -> None:
@@ -150,6 +229,9 @@ _RUNS: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "channel_mask": _channel_mask,
     "batch_norm_act": _batch_norm_act,
     "prompt_conv2d": _prompt_conv2d,
+    "sparse_conv2d": _sparse_conv2d,
+    "sparse_conv2d_fused": _sparse_conv2d_fused,
+    "select_threshold": _select_threshold,
 }
 
 
@@ -159,8 +241,13 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     _setup_privateuseone_for_python_backend(NAME)
     backend._why_not_here = lambda tensors: None  # type: ignore[assignment]
-    for module in (block_lists, block_gradients):
+    for module in (block_lists, block_gradients, channel_conv, channel_gradients):
         module.tap_table = tap_table  # type: ignore[attr-defined]
+    blocks.packed_blocks = packed_blocks
+    channel_lists.packed_channels = packed_channels
+    bracket.sample_table = sample_table  # type: ignore[attr-defined]
+    for module in (kept_masks, import_module("vpns_kernels.ops.select_threshold.triton")):
+        module.chunk_table = chunk_table  # type: ignore[attr-defined]
     print(json.dumps({"training": try_training(), "engines": try_engines(), "kernels": try_kernels()}))
 
 

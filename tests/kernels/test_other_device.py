@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench.triton_calls import ops_with_triton
 from tests.kernels import networks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +35,7 @@ def test_a_training_step_stays_on_its_device_and_reads_nothing(name: str) -> Non
     assert found()["training"][name] == ["nowhere:0"]
 
 
-@pytest.mark.parametrize("op", ["masked_conv2d", "channel_mask", "batch_norm_act", "prompt_conv2d"])
+@pytest.mark.parametrize("op", ops_with_triton())
 def test_kernels_are_started_without_a_look_at_what_tensors_hold(op: str) -> None:
     assert found()["kernels"][op] > 0
 
