@@ -9,9 +9,11 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -211,6 +213,45 @@ def test_ray_gives_the_bits_of_local_processes(
     outcome = run_sweep(grid, make_options(tmp_path / "ray", where="ray", workers=1))
     assert not outcome.errors
     assert_same_bits(tmp_path / "ray" / "runs" / "vpns", swept[0] / "runs" / "vpns")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """The address of a cluster as `ray start --head` starts it, of its own: no other is stopped with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    ray = Path(sys.executable).with_name("ray")
+    options = ["--head", "--block", "--port", address.rpartition(":")[2], "--num-cpus=2"]
+    log = tmp_path / "cluster.log"
+    with log.open("w") as file:
+        started = subprocess.Popen(
+            [ray, "start", *options, "--include-dashboard=false", "--disable-usage-stats"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + 90
+        while "Ray runtime started" not in log.read_text():
+            assert started.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield address
+    finally:
+        started.terminate()
+        started.wait(60)
+
+
+@pytest.mark.long
+def test_a_cluster_that_was_started_gives_them_too(
+    swept: tuple[Path, Swept, str], cluster: str, tmp_path: Path, tiny_task: ModuleType
+) -> None:
+    options = make_options(tmp_path / "ray", where="ray", ray_address=cluster)
+    outcome = run_sweep(make_grid(arm={"vpns": {}, "random": {"method": "random"}}), options)
+    assert not outcome.errors
+    assert_same_bits(tmp_path / "ray" / "runs" / "vpns", swept[0] / "runs" / "vpns")
+    assert (tmp_path / "ray" / "runs" / "random" / "eval").is_dir()
 
 
 def test_a_ray_that_is_not_there_is_named(
