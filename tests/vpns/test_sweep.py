@@ -206,6 +206,16 @@ def test_runs_that_were_tested_are_timed_reported_and_compared(
     assert "(../runs/omp/report/report.html)" in Path("runs/grid/report/report.md").read_text()
 
 
+def test_runs_that_are_not_to_be_timed_end_with_their_test(tmp_path: Path, tiny_task: ModuleType) -> None:
+    grid = make_grid("report", method=["omp", "random"])
+    outcome = run_sweep(grid, make_options(tmp_path), io.StringIO(), is_timed=lambda c: c.method == "omp")
+    assert not outcome.errors
+    omp, random_masks = outcome.rows
+    assert (omp["sparse_ms"] > 0, random_masks["sparse_ms"]) == (True, None)
+    assert random_masks["accuracy"] > 0
+    assert not (tmp_path / "runs" / "random" / "export").exists()
+
+
 def test_ray_gives_the_bits_of_local_processes(
     swept: tuple[Path, Swept, str], tmp_path: Path, tiny_task: ModuleType
 ) -> None:

@@ -52,7 +52,7 @@ def count_operations(run: Run) -> tuple[int, int]:
 
 
 def tabulate(runs: Sequence[Run]) -> list[Row]:
-    """Means over seeds of what is left: operations and time."""
+    """What is left: operations, in the mean over seeds, and the time of the first."""
     rows = []
     for arm in group_arms(runs):
         dense, sparse = zip(*(count_operations(run) for run in arm.runs), strict=True)
@@ -94,7 +94,8 @@ def tell(rows: Sequence[Row]) -> Section:
     ]
     told = (
         "Multiply-adds are those of the smaller network that is left when channels are cut out; what they "
-        "promise stands beside the time that was measured, against the fastest dense engine."
+        "promise stands beside the time that was measured, of the first seed's network, against the fastest "
+        "dense engine."
     )
     return Section("Operations and time", (Table(header, shown), told))
 

@@ -35,7 +35,8 @@ class Experiment:
         embedded: settings of its runs on letters → digits.
         seeds: how many by itself.
         build_axes: the grid but for its seeds, from the settings of its runs.
-        until: the last stage of a run.
+        until: the last stage of a run; of those of the first seed alone where runs are timed: other seeds
+            keep as many channels in much the same layers, and timing takes longer than training here.
         compare: what is compared, of the arms that there are.
         wanted_points: the true difference that its seeds are to find four times out of five.
         tabulate: a row for each run, or arm, of what the comparison does not tell, for `tell` to show.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TextIO
 
+from vpns.config import RunConfig
 from vpns.files import write_json
 from vpns.report.outcome import Row, describe_run
 from vpns.report.tables import write_table
@@ -35,8 +36,16 @@ class Swept:
     errors: dict[str, str]
 
 
-def run_sweep(grid: Grid, options: SweepOptions, stream: TextIO | None = None) -> Swept:
+def run_sweep(
+    grid: Grid,
+    options: SweepOptions,
+    stream: TextIO | None = None,
+    is_timed: Callable[[RunConfig], bool] = lambda config: True,
+) -> Swept:
     """Do what is missing of a sweep; writes results.csv and results.json into its folder.
+
+    Args:
+        is_timed: of a grid that goes on to the report, the runs that do; the others end with their test.
 
     Raises:
         ValueError: settings that cannot be, another sweep in the folder, a Ray that is not there.
@@ -53,7 +62,11 @@ def run_sweep(grid: Grid, options: SweepOptions, stream: TextIO | None = None) -
             if grid.until == "report":
                 # Times are taken alone, and all of them on this machine, so that they compare.
                 tested = [job for job in jobs if job.lender and is_finished(job)]
-                timed = [replace(job, until="report", lender=None, needs=None) for job in tested]
+                timed = [
+                    replace(job, until="report", lender=None, needs=None)
+                    for job in tested
+                    if is_timed(job.config)
+                ]
                 timing = _Progress(timed, progress.stream)
                 _do(timed, LocalExecutor(1, threads), timing, errors)
         finally:
