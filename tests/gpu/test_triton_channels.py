@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 import vpns_kernels
+from tests.gpu.test_gpu_waits import Reads
 from tests.gpu.test_triton_gradients import DTYPES, draw, gradients
 from vpns_kernels import ConvGeometry, pack, parse_pattern, unpack
 from vpns_kernels.formats import pick
 from vpns_kernels.ops._triton import channel_lists, channel_rows
 from vpns_kernels.ops._triton.channel_rows import ChannelRows
+from vpns_kernels.ops._triton.channel_tiles import (
+    pick_channel_gradient_tiles,
+    pick_channel_tiles,
+    pick_side,
+    pick_step,
+)
 from vpns_kernels.testing import conv_excess, poisoned_memory
 
 CHANNEL = parse_pattern("channel")
@@ -199,6 +206,40 @@ def test_runs_of_aligned_channels_are_read_by_descriptors(device: torch.device) 
     # Rows of 60 channels begin anywhere; of one row of pixels, two classes are empty.
     assert not is_run([0, 1], x[:, :60].contiguous(memory_format=torch.channels_last))
     assert not is_run([0, 1], x[:, :, :1])
+
+
+def test_a_mask_and_a_known_layout_hand_no_numbers_to_the_host(device: torch.device) -> None:
+    geometry = LAYERS["3x3_stride_2"][0]
+    packed = make_packed(geometry, "few", torch.float32)
+    mask, _ = keep(geometry, "few")
+    layout = [t.to(device) for t in packed.layout]
+    x, values = (t.to(device, copy=True).requires_grad_() for t in (draw(1, 48, 5, 4, seed=2), packed.values))
+    scores = draw(40, seed=5).to(device).requires_grad_()
+    weight, mask = draw(*geometry.weight_shape, seed=1).to(device), mask.to(device)
+
+    def run_both() -> None:
+        y = vpns_kernels.sparse_conv2d(x, values, layout, geometry, backend="triton")
+        y = y + vpns_kernels.masked_conv2d(x, weight, mask, scores, geometry, CHANNEL, backend="triton")
+        torch.autograd.grad(y, (x, values, scores), torch.ones_like(y))
+
+    run_both()
+    with Reads() as reads:
+        run_both()
+    assert reads.names == []
+
+
+def test_few_blocks_are_written_and_few_channels_read_beyond_those_kept() -> None:
+    sides = (32, 64, 128)
+    wanted = {0: 32, 1: 32, 33: 64, 65: 128, 150: 128, 300: 128}
+    assert {count: pick_side(count, sides) for count in wanted} == wanted
+    wanted = {0: 32, 1: 32, 33: 64, 65: 32, 100: 64}
+    assert {count: pick_step(count, sides[:2]) for count in wanted} == wanted
+    sizes, half = (128, 28, 28), torch.bfloat16
+    gathered, run = (pick_channel_tiles(sizes, (100, 40), is_run, half, 9) for is_run in (False, True))
+    assert (gathered.block, run.block) == ((128, 64), (64, 64))
+    assert (gathered.tiles.pixels.size, run.tiles.pixels.size) == (64, 128)
+    assert pick_channel_tiles(sizes, (100, 40), False, half, 8).block == (64, 32)
+    assert pick_channel_gradient_tiles(sizes, (65, 20), False, half, 9).block == (64, 32)
 
 
 @pytest.mark.parametrize("shape", [(6, 16, 3, 3), (6, 5, 3, 3), (5, 3, 1, 1), (0, 4, 3, 3), (1, 1, 1, 1)])

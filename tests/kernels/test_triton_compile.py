@@ -189,7 +189,7 @@ def test_the_kernels_of_an_op_compile_for_its_hardest_layer(op: str) -> None:
     wanted = FIRST if op == "prompt_conv2d" else HARDEST
     layers = [layer for layer in distinct_layers() if layer.name == wanted]
     dtype = "float32" if op == "select_threshold" else "bfloat16"
-    programs = Programs(calls([op], layers, [dtype], ["block:64x64"], batch=32))
+    programs = Programs(calls([op], layers, [dtype], ["block:64x64", "channel"], batch=32))
     rows = programs.compile()
     assert rows
     assert [row["complaints"] for row in rows if row["complaints"]] == []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton.channel_lists import ChannelList
-from vpns_kernels.ops._triton.channel_rows import ChannelRows, gather
+from vpns_kernels.ops._triton.channel_rows import ChannelRows, gather, is_far
 from vpns_kernels.ops._triton.channel_tiles import pick_channel_tiles
 from vpns_kernels.ops._triton.epilogue import Epilogue, finish
 from vpns_kernels.ops._triton.launch import Launch, capability_of, describe, dot_precision
@@ -82,6 +82,8 @@ def _start(
     found = pick_channel_tiles(sizes, kept, rows.is_run, dtype, capability_of(target.device))
     box, block = found.tiles.pixels, found.block
     classes = len(rows.sources)
+    # Of a class.
+    written_rows = target.permute(0, 2, 3, 1)[:, :: steps[0], :: steps[1]]
     taps, ends = tap_table(geometry, -1 if is_transposed else 1, target.device)
     args = {f"x_{i}": rows.describe(min(i, classes - 1), box, block[1]) for i in range(_MOST_CLASSES)}
     args |= {
@@ -112,7 +114,7 @@ def _start(
         "BLOCK_IN": block[1],
         "IS_TRANSPOSED": is_transposed,
         "IS_RUN": rows.is_run,
-        "IS_FAR": rows.is_far(box),
+        "IS_FAR": is_far(rows.sources[0], box) or is_far(written_rows, box),
         "IS_WHOLE": written.is_whole,
         "COUNTS_X": isinstance(rows.channels.kept, Tensor),
         "COUNTS_Y": isinstance(written.kept, Tensor),
@@ -243,8 +245,10 @@ def _convolve_kernel(
         acc = tl.where((place < y_kept)[None, :], acc, 0.0)
     k = place if IS_WHOLE else tl.load(y_order_ptr + place, mask=place < K, other=0)
     mask = ((n < N) & (p < rows) & (q < columns))[:, None] & (place < K)[None, :]
-    # Channels_last, without gaps: of y and of the residual alike.
-    row = (n.to(tl.int64) * P + p * STEP_P + phase_p) * Q + q * STEP_Q + phase_q
-    offs = row[:, None] * K + k[None, :]
+    # Channels_last, without gaps, of y and residual alike; by 32 bits from a corner, as what is gathered.
+    corner = (n0.to(tl.int64) * P + p0 * STEP_P + phase_p) * Q + q0 * STEP_Q + phase_q
+    offs = (((n - n0) * P + (p - p0) * STEP_P) * Q + (q - q0) * STEP_Q)[:, None] * K + k[None, :]
+    y_ptr += corner * K
+    residual_ptr += corner * K
     acc = finish(acc, bias_ptr, residual_ptr, k, place < K, offs, mask, HAS_BIAS, HAS_RESIDUAL, ACT)
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._triton.channel_lists import PackedChannels
-from vpns_kernels.ops._triton.channel_rows import ChannelRows, gather
+from vpns_kernels.ops._triton.channel_rows import ChannelRows, gather, is_far
 from vpns_kernels.ops._triton.channel_tiles import pick_channel_gradient_tiles
 from vpns_kernels.ops._triton.launch import Launch, capability_of, dot_precision
 from vpns_kernels.ops._triton.taps import list_taps, tap_table
@@ -29,7 +29,8 @@ def weight_gradient(grad: Tensor, x: Tensor, channels: PackedChannels, geometry:
     if 0 in kept or grad.numel() == 0:
         return torch.zeros(*kept, R, S, dtype=torch.float32, device=grad.device)
     dy, rows = ChannelRows.of(grad, channels.outputs), ChannelRows.of(x, channels.inputs, geometry.stride)
-    found = pick_channel_gradient_tiles((N, P, Q), kept, grad.dtype, capability_of(grad.device))
+    is_run, capability = dy.is_run and rows.is_run, capability_of(grad.device)
+    found = pick_channel_gradient_tiles((N, P, Q), kept, is_run, grad.dtype, capability)
     box, block = found.tiles.pixels, found.block
     boxes = box.count(N, P, Q)
     tiles = [-(-size // side) for size, side in zip(kept, block, strict=True)]
@@ -65,7 +66,7 @@ def weight_gradient(grad: Tensor, x: Tensor, channels: PackedChannels, geometry:
             "BLOCK_C": block[1],
             "DY_IS_RUN": dy.is_run,
             "X_IS_RUN": rows.is_run,
-            "IS_FAR": dy.is_far(box) or rows.is_far(box),
+            "IS_FAR": is_far(dy.sources[0], box) or is_far(rows.sources[0], box),
             "PRECISION": dot_precision(grad.dtype),
         }
         grid = (tiles[0] * tiles[1] * len(members), split)

@@ -53,12 +53,6 @@ class ChannelRows:
         source = self.sources[number]
         return describe(source, (box.images, box.rows, box.columns, block)) if self.is_run else source
 
-    def is_far(self, box: PixelTile) -> bool:
-        """Whether places within a box lie too far apart for 32 bits; the box's own is counted in 64."""
-        _, _, _, channels = self.sources[0].shape
-        reach = (box.images, box.rows, box.columns, channels)
-        return sum(size * step for size, step in zip(reach, self.sources[0].stride(), strict=True)) > NEAR
-
     def args(self, name: str) -> dict[str, Tensor | int]:
         """What kernels need to know beside the sources and their sizes.
 
@@ -71,6 +65,12 @@ class ChannelRows:
             f"{name}_kept": self.channels.kept,
             **{f"stride_{name}{axis}": step for axis, step in zip("nhwc", strides, strict=True)},
         }
+
+
+def is_far(rows: Tensor, box: PixelTile) -> bool:
+    """Whether places of a box of [N, H, W, C] lie too far apart for 32 bits; its corner is found in 64."""
+    reach = (box.images, box.rows, box.columns, rows.shape[3])
+    return sum(size * step for size, step in zip(reach, rows.stride(), strict=True)) > NEAR
 
 
 @triton.jit

@@ -26,8 +26,13 @@ class ChannelTiles:
 
 
 def pick_side(count: int, sides: tuple[int, ...]) -> int:
-    """The side of blocks that cover `count` channels with the fewest beyond; among equals the largest."""
-    return min(sides, key=lambda side: (-(-max(1, count) // side) * side, -side))
+    """The side of the fewest blocks that cover `count` channels, the shortest of those."""
+    return min(sides, key=lambda side: (-(-max(1, count) // side), side))
+
+
+def pick_step(count: int, steps: tuple[int, ...]) -> int:
+    """The step that goes through `count` channels with the fewest beyond; among equals the longest."""
+    return min(steps, key=lambda step: (-(-max(1, count) // step) * step, -step))
 
 
 def pick_channel_tiles(
@@ -42,36 +47,34 @@ def pick_channel_tiles(
         capability: major number of the device's compute capability.
     """
     is_half, is_hopper = dtype.itemsize == 2, capability >= 9
-    block = (
-        pick_side(kept[0], (32, 64, 128) if is_half and is_hopper else (32, 64)),
-        # Float32 takes twice the memory, and products of its own multiply by registers alone.
-        pick_side(kept[1], (32, 64)) if is_half else 16,
-    )
-    # What is gathered has its addresses in registers: of fewer pixels, programs that share a multiprocessor
+    # What is gathered is gathered again for each block of outputs.
+    has_wide = is_half and is_hopper and not is_run
+    # Float32 takes twice the memory, and products of its own multiply by registers alone.
+    steps = (16,) if not is_half else (32, 64) if is_hopper or is_run else (32,)
+    block = (pick_side(kept[0], (32, 64, 128) if has_wide else (32, 64)), pick_step(kept[1], steps))
+    # Addresses of what is gathered lie in registers: of fewer pixels, programs that share a multiprocessor
     # hide one another's loads.
     most = 128 if is_half and is_run and is_hopper else 64 if is_half or is_hopper else 32
     pixels = pick_pixels(sizes, most, least=min(most, 64))
     stage_bytes = (pixels.size + block[0]) * block[1] * dtype.itemsize
-    is_large = pixels.size * block[0] > 64 * 128 or (not is_half and block[0] > 32)
-    warps = 8 if is_large or (is_run and not is_hopper) else 4
+    # Before Hopper operands lie in registers as well: seen to spill with four warps, in boxes of long rows.
+    is_crowded = block[0] > (64 if is_half else 32) or (not is_hopper and (is_run or is_half))
+    warps = 8 if is_crowded else 4
     return ChannelTiles(Tiles(pixels, warps, pick_stages(stage_bytes, _STAGES, capability)), block)
 
 
 def pick_channel_gradient_tiles(
-    sizes: tuple[int, int, int], kept: Pair, dtype: torch.dtype, capability: int
+    sizes: tuple[int, int, int], kept: Pair, is_run: bool, dtype: torch.dtype, capability: int
 ) -> ChannelTiles:
     """Tiles of the weights' gradient: how many pixels a program sums at a time, of which channels.
 
     Args:
         sizes: N, P, Q of the output's gradient.
         kept: filters and channels.
+        is_run: whether descriptors read both.
     """
-    if dtype.itemsize == 2:
-        # Products of a warp group have 64 rows, which are filters here.
-        rows = (64,) if capability >= 9 and kept[0] > 32 else (32, 64)
-        block = (pick_side(kept[0], rows), pick_side(kept[1], (32, 64)))
-    else:
-        block = (32, 32)
-    pixels = pick_pixels(sizes, 64 if dtype.itemsize == 2 else 32, least=16)
-    stage_bytes = pixels.size * (block[0] + block[1]) * dtype.itemsize
+    is_half = dtype.itemsize == 2
+    block = (pick_side(kept[0], (32, 64)), pick_side(kept[1], (32, 64))) if is_half else (32, 32)
+    pixels = pick_pixels(sizes, 64 if is_half and is_run else 32, least=16)
+    stage_bytes = pixels.size * sum(block) * dtype.itemsize
     return ChannelTiles(Tiles(pixels, 4, pick_stages(stage_bytes, _STAGES, capability)), block)

@@ -58,8 +58,8 @@ def masked_conv2d(
         mask: bool, one entry per unit of the pattern (`pattern.units_shape(weight.shape)`), True = kept.
         scores: as mask, of a floating dtype; only their signs count.
         bias: [K] or None.
-        backend: "cpu", "triton" (block masks on a GPU), "reference", or "auto" for the first that can; one
-            for all passes, or three: of forward, of the gradient of x, of that of the scores.
+        backend: "cpu", "triton" (masks of blocks and channels on a GPU), "reference", or "auto" for the first
+            that can; one for all passes, or three: of forward, of the gradient of x, of that of the scores.
 
     Returns:
         [N, K, P, Q] in the dtype of x, channels_last. Where the weight is finite, NaN or infinity in x

@@ -50,7 +50,7 @@ def sparse_conv2d(
         x: [N, C, H, W], any strides; float32, bfloat16, float16 or float64.
         values, layout: from `formats.pack`, in any of those types; float64 goes with float64 only.
         bias: [K] in the dtype of the values, or None.
-        backend: "cpu", "triton" (block weights on a GPU), "compact" (channel weights), "reference", or "auto"
+        backend: "cpu", "triton" (blocks and channels on a GPU), "compact" (channels), "reference", or "auto"
             for the first that can; one for all passes, or three: of forward, of the gradient of x, of that of
             the values.
 

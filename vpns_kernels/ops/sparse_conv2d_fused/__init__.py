@@ -44,7 +44,7 @@ def sparse_conv2d_fused(
         residual: [N, K, P, Q] in the output's dtype, any strides, or None.
         act: "none", "relu" or "relu6".
         out_dtype: float32, bfloat16 or float16 (float64 for float64 inputs); x's own by default.
-        backend: "cpu", "triton" (block weights on a GPU), "compact" (channel weights), "reference", or "auto"
+        backend: "cpu", "triton" (blocks and channels on a GPU), "compact" (channels), "reference", or "auto"
             for the first that can.
 
     Returns:
