@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vpns_kernels import native
 from vpns_kernels.ops.registry import OPS
-from vpns_kernels.ops.select_threshold import select_threshold
+from vpns_kernels.ops.select_threshold import count_kept, select_threshold
 from vpns_kernels.patterns import NM, Pattern
 
 
@@ -79,12 +78,8 @@ def refresh_mask(
         raise ValueError("refresh_mask: expected at least one score, got none")
     if isinstance(pattern, NM):
         found = _refresh_groups(scores, pattern)
-    elif rule == "published":
-        found = _refresh_published(scores, density, backend)
     else:
-        threshold, ties_kept, kept = select_threshold(scores, density, backend=backend, refuses_nan=False)
-        masks, ties_kept = _take(scores, threshold, ties_kept)
-        found = Refresh(masks, threshold, ties_kept, torch.tensor(kept))
+        found = _refresh_all(scores, density, rule == "published", backend)
     if scores[0].device.type == "cpu":
         found.refuse_nan()
     return found
@@ -99,30 +94,27 @@ def _refresh_groups(scores: Sequence[Tensor], pattern: NM) -> Refresh:
     return Refresh(masks, least, torch.zeros_like(kept), kept)
 
 
-def _refresh_published(scores: Sequence[Tensor], density: float, backend: str) -> Refresh:
+def _refresh_all(scores: Sequence[Tensor], density: float, is_published: bool, backend: str) -> Refresh:
     total = sum(tensor.numel() for tensor in scores)
-    wanted = total - int((1 - density) * total)
-    threshold, ties, _ = select_threshold(scores, kept=wanted, backend=backend, refuses_nan=False)
-    # Ties that straddle the cut all go; otherwise the kept ones of that magnitude stay.
-    masks, ties_kept = _take(scores, threshold, ties, all_or_none=True)
+    wanted = total - int((1 - density) * total) if is_published else count_kept(density, total)
+    plain, selecting = [tensor.detach() for tensor in scores], OPS["select_threshold"]
+    if all(tensor.is_contiguous() for tensor in plain) and selecting.resolve(backend, plain, wanted) == "cpu":
+        masks, *numbers = selecting.module("cpu").run_with_masks(plain, wanted, is_published)
+        return Refresh(masks, *numbers)
+    threshold, ties, _ = select_threshold(plain, kept=wanted, backend=backend, refuses_nan=False)
+    # As published, ties that straddle the cut all go; otherwise the kept ones of that magnitude stay.
+    masks, ties_kept = _take(plain, threshold, ties, all_or_none=is_published)
     return Refresh(masks, threshold, ties_kept, wanted - ties + ties_kept)
 
 
 def _take(
-    scores: Sequence[Tensor], threshold: Tensor, ties_kept: Tensor, all_or_none: bool = False
+    scores: Sequence[Tensor], threshold: Tensor, ties_kept: Tensor, all_or_none: bool
 ) -> tuple[list[Tensor], Tensor]:
     """Masks of |score| > threshold and the first `ties_kept` that equal it, and how many of those stay.
 
     Args:
         all_or_none: where not all ties would stay, none does.
     """
-    is_plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in scores)
-    if is_plain and native.why_not() is None:
-        masks, ties = _take_natively(scores, threshold, int(ties_kept))
-        if all_or_none and ties != int(ties_kept):
-            ties_kept = torch.zeros_like(ties_kept)
-            masks, _ = _take_natively(scores, threshold, 0)
-        return masks, ties_kept
     triton = OPS["select_threshold"].module("triton")
     if triton.why_not(scores, 1) is None:
         found: tuple[list[Tensor], Tensor] = triton.take_kept(scores, threshold, ties_kept, all_or_none)
@@ -138,17 +130,3 @@ def _take(
         for magnitude, ties, left in zip(magnitudes, equal, room, strict=True)
     ]
     return masks, ties_kept
-
-
-def _take_natively(scores: Sequence[Tensor], threshold: Tensor, ties_kept: int) -> tuple[list[Tensor], int]:
-    """The masks, and how many scores equal the threshold."""
-    masks = [torch.empty(tensor.shape, dtype=torch.bool) for tensor in scores]
-    _, ties = native.library().take_kept(
-        [tensor.data_ptr() for tensor in scores],
-        [tensor.numel() for tensor in scores],
-        [mask.data_ptr() for mask in masks],
-        float(threshold),
-        ties_kept,
-        torch.get_num_threads(),
-    )
-    return masks, int(ties)

@@ -17,29 +17,19 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "select_threshold",
-      [](const std::vector<uintptr_t>& data, const std::vector<int64_t>& counts, int64_t kept, int threads) {
-        std::vector<const float*> tensors;
-        for (uintptr_t address : data) tensors.push_back(pointer<const float>(address));
-        py::gil_scoped_release release;
-        const Threshold found = select_threshold(tensors, counts, kept, threads);
-        return std::make_pair(found.value, found.ties_kept);
-      },
-      py::arg("data"), py::arg("counts"), py::arg("kept"), py::arg("threads"));
-
-  m.def(
-      "take_kept",
-      [](const std::vector<uintptr_t>& data, const std::vector<int64_t>& counts, const std::vector<uintptr_t>& masks,
-         float threshold, int64_t ties_kept, int threads) {
+      [](const std::vector<uintptr_t>& data, const std::vector<int64_t>& counts, int64_t kept, int threads,
+         const std::vector<uintptr_t>& masks, bool all_ties_or_none) {
         std::vector<const float*> tensors;
         std::vector<uint8_t*> targets;
         for (uintptr_t address : data) tensors.push_back(pointer<const float>(address));
         for (uintptr_t address : masks) targets.push_back(pointer<uint8_t>(address));
         py::gil_scoped_release release;
-        const Kept found = take_kept(tensors, counts, targets, threshold, ties_kept, threads);
-        return std::make_pair(found.kept, found.ties);
+        const Threshold found = select_threshold(tensors, counts, kept, threads, targets, all_ties_or_none);
+        return std::make_tuple(found.value, found.ties_kept, found.kept);
       },
-      py::arg("data"), py::arg("counts"), py::arg("masks"), py::arg("threshold"), py::arg("ties_kept"),
-      py::arg("threads"), "Writes the masks; returns how many entries are kept, and how many scores tie.");
+      py::arg("data"), py::arg("counts"), py::arg("kept"), py::arg("threads"),
+      py::arg("masks") = std::vector<uintptr_t>(), py::arg("all_ties_or_none") = false,
+      "(threshold, ties kept, entries kept); writes the masks that are given.");
 
   bind_batch_norm_act(m);
   bind_prompt_conv2d(m);

@@ -17,7 +17,7 @@ inline bool select_threshold_is_right() {
   std::vector<float> sorted;
   for (int64_t i = pick({1, 2, 5}); i > 0; --i) {
     tensors.emplace_back();
-    for (int64_t n = pick({0, 1, 3, 4, 100, 4097}); n > 0; --n) {
+    for (int64_t n = one_in(25) ? 150001 : pick({0, 1, 3, 4, 100, 4097}); n > 0; --n) {
       const float drawn = static_cast<float>(uniform());
       const float value = one_in(5) ? std::copysign(std::numeric_limits<float>::infinity(), drawn) : drawn;
       tensors.back().push_back(ties ? std::round(value * 4) / 4 : value);
@@ -34,10 +34,26 @@ inline bool select_threshold_is_right() {
   }
   const int64_t total = static_cast<int64_t>(sorted.size());
   const int64_t kept = std::uniform_int_distribution<int64_t>(1, total)(generator);
-  const vpns::Threshold found = vpns::select_threshold(data, counts, kept, static_cast<int>(pick({1, 2, 3})));
+  const bool all_or_none = one_in(2);
+  std::vector<std::vector<uint8_t>> masks;
+  std::vector<uint8_t*> targets;
+  for (const auto& tensor : tensors) masks.emplace_back(tensor.size(), uint8_t{7});
+  for (auto& mask : masks) targets.push_back(mask.data());
+  if (one_in(3)) targets.clear();
+  const vpns::Threshold found =
+      vpns::select_threshold(data, counts, kept, static_cast<int>(pick({1, 2, 3})), targets, all_or_none);
   if (nan) return std::isnan(found.value);
   std::sort(sorted.begin(), sorted.end(), std::greater<float>());
   const float expected = sorted[kept - 1];
-  const int64_t above = std::count_if(sorted.begin(), sorted.end(), [expected](float v) { return v > expected; });
-  return found.value == expected && found.ties_kept == kept - above;
+  const int64_t larger = std::lower_bound(sorted.begin(), sorted.end(), expected, std::greater<float>()) - sorted.begin();
+  const int64_t ties = std::count(sorted.begin(), sorted.end(), expected);
+  int64_t stay = all_or_none && kept - larger < ties ? 0 : kept - larger;
+  if (found.value != expected || found.ties_kept != stay || found.kept != larger + stay) return false;
+  for (size_t t = 0; t < targets.size(); ++t)
+    for (size_t i = 0; i < tensors[t].size(); ++i) {
+      const float magnitude = std::abs(tensors[t][i]);
+      const bool wanted = magnitude > expected || (magnitude == expected && stay-- > 0);
+      if (masks[t][i] != (wanted ? 1 : 0)) return false;
+    }
+  return true;
 }

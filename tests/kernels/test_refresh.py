@@ -80,6 +80,46 @@ def test_the_published_rule_equals_the_published_lines_on_distinct_scores(densit
     check_record(scores, found)
 
 
+def many_scores(kind: str) -> list[Tensor]:
+    """More than a sample, in several pieces, a part of one and a few scores by themselves."""
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(300_037, generator=generator)
+    if kind == "coarse":
+        scores = (scores * 2).round()
+    elif kind == "mostly zero":
+        scores[torch.rand(scores.shape, generator=generator) < 0.7] = -0.0
+    elif kind == "equal":
+        scores = torch.full_like(scores, 0.25)
+    elif kind == "infinite and tiny":
+        scores[::5], scores[1::7] = float("-inf"), 1e-41
+    elif kind == "sorted":
+        scores = scores.sort().values
+    elif kind == "hidden from the sample":
+        # The places that csrc/cpu/select_threshold.cpp looks at hold nothing of what is large.
+        i = torch.arange(1 << 15)
+        stride = scores.numel() // (1 << 15)
+        scores[i * stride + ((i * 2654435761 & 0xFFFFFFFF) >> 8) % stride] *= 1e-6
+    else:
+        assert kind == "plain"
+    return [scores[:300_000].view(100, 60, 50), scores[300_000:]]
+
+
+@pytest.mark.parametrize("density", [1e-5, 0.02, 0.1, 0.5, 0.9, 0.9999, 1.0])
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", "coarse", "mostly zero", "equal", "infinite and tiny", "sorted", "hidden from the sample"],
+)
+def test_many_scores_are_taken_as_by_sorting_whatever_a_sample_shows(kind: str, density: float) -> None:
+    scores = many_scores(kind)
+    found = refresh_mask(scores, PATTERN, density)
+    assert found.kept == max(1, math.floor(density * flat(scores).numel() + 0.5))
+    assert torch.equal(flat(found.masks), keep_by_sorting(scores, found.kept))
+    check_record(scores, found)
+    published = refresh_mask(scores, PATTERN, density, rule="published")
+    assert torch.equal(flat(published.masks), flat(published_masks(scores, density)))
+    check_record(scores, published)
+
+
 def test_the_two_rules_differ_by_ties_and_rounding_alone() -> None:
     tied = [torch.tensor([3.0, 1.0, -1.0, 1.0, 0.5])]
     assert refresh_mask(tied, PATTERN, 0.4).masks[0].tolist() == [True, True, False, False, False]

@@ -12,13 +12,18 @@ from vpns_kernels.ops._triton.backend import TritonBackend
 from vpns_kernels.ops.registry import call, register_op
 from vpns_kernels.ops.select_threshold import cpu, cuda, reference
 
-__all__ = ["select_threshold"]
+__all__ = ["count_kept", "select_threshold"]
 
 _OP = register_op(
     "select_threshold",
     # The first that can: on a GPU Triton's, which reads all scores once; the library's does so three times.
     {"cpu": cpu, "triton": TritonBackend("select_threshold"), "cuda": cuda, "reference": reference},
 )
+
+
+def count_kept(density: float, total: int) -> int:
+    """How many of `total` entries a density keeps: rounded half up, at least one."""
+    return max(1, math.floor(density * total + 0.5))
 
 
 def select_threshold(
@@ -60,7 +65,7 @@ def select_threshold(
     if density is not None:
         if not 0.0 < density <= 1.0:
             raise ValueError(f"select_threshold: expected a density in (0, 1], got {density}")
-        kept = max(1, math.floor(density * total + 0.5))
+        kept = count_kept(density, total)
     assert kept is not None
     if not 1 <= kept <= total:
         raise ValueError(f"select_threshold: expected 1 <= kept <= {total}, got {kept}")

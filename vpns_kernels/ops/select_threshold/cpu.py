@@ -1,4 +1,4 @@
-"""CPU backend: csrc/cpu/select_threshold.cpp, a radix selection that reads the scores once."""
+"""CPU backend: csrc/cpu/select_threshold.cpp, which reads the scores once and can write the masks as well."""
 
 from __future__ import annotations
 
@@ -20,13 +20,34 @@ def why_not(scores: Sequence[Tensor], kept: int) -> str | None:
 def run(scores: Sequence[Tensor], kept: int) -> tuple[Tensor, Tensor]:
     # The order of memory does not matter to a selection, only that every entry is seen once.
     dense = [tensor if _is_dense(tensor) else tensor.contiguous() for tensor in scores]
-    threshold, ties_kept = native.library().select_threshold(
+    threshold, ties_kept, _ = native.library().select_threshold(
         [tensor.data_ptr() for tensor in dense],
         [tensor.numel() for tensor in dense],
         kept,
         torch.get_num_threads(),
     )
     return scores[0].new_tensor(threshold), torch.tensor(ties_kept, dtype=torch.int64)
+
+
+def run_with_masks(
+    scores: Sequence[Tensor], kept: int, all_ties_or_none: bool
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Bool masks, threshold, ties that are kept, entries that are kept; of contiguous scores, in one pass.
+
+    Args:
+        all_ties_or_none: where not all that equal the threshold are among the kept, none is.
+    """
+    masks = [torch.empty(tensor.shape, dtype=torch.bool) for tensor in scores]
+    threshold, ties_kept, counted = native.library().select_threshold(
+        [tensor.data_ptr() for tensor in scores],
+        [tensor.numel() for tensor in scores],
+        kept,
+        torch.get_num_threads(),
+        [mask.data_ptr() for mask in masks],
+        all_ties_or_none,
+    )
+    numbers = (torch.tensor(number, dtype=torch.int64) for number in (ties_kept, counted))
+    return masks, scores[0].new_tensor(threshold), *numbers
 
 
 def _is_dense(tensor: Tensor) -> bool:
