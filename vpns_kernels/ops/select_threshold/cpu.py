@@ -46,8 +46,8 @@ def run_with_masks(
         [mask.data_ptr() for mask in masks],
         all_ties_or_none,
     )
-    numbers = (torch.tensor(number, dtype=torch.int64) for number in (ties_kept, counted))
-    return masks, scores[0].new_tensor(threshold), *numbers
+    ties, kept_in_all = (torch.tensor(number, dtype=torch.int64) for number in (ties_kept, counted))
+    return masks, scores[0].new_tensor(threshold), ties, kept_in_all
 
 
 def _is_dense(tensor: Tensor) -> bool:
