@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vpns_kernels.ops._triton import block_conv, block_gradients
+from vpns_kernels.ops._triton import launch
 from vpns_kernels.ops._triton.backend import is_interpreted
 
 collect_ignore_glob = [] if torch.cuda.is_available() or is_interpreted() else ["test_*.py"]
@@ -29,8 +29,9 @@ def _full_precision() -> Iterator[None]:
 
 @pytest.fixture(params=[8, 9], ids=["by_address", "by_descriptor"])
 def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The compute capability that convolutions take a device for: they read by addresses, or descriptors."""
+    """The compute capability that kernels take a device for: blocks are read by addresses, or descriptors
+    (but for full products of float32).
+    """
     found = int(request.param)
-    for module in (block_conv, block_gradients):
-        monkeypatch.setattr(module, "capability_of", lambda device: found)
+    monkeypatch.setattr(launch, "capability_of", lambda device: found)
     return found

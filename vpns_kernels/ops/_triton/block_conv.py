@@ -21,7 +21,7 @@ from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton.block_lists import BlockLists
 from vpns_kernels.ops._triton.boxes import as_boxes, is_by_address, load_block, load_box
 from vpns_kernels.ops._triton.epilogue import Epilogue, finish
-from vpns_kernels.ops._triton.launch import Launch, capability_of, dot_precision
+from vpns_kernels.ops._triton.launch import Launch, dot_precision, product_capability
 from vpns_kernels.ops._triton.rows import as_rows, split_classes
 from vpns_kernels.ops._triton.tiles import pick_tiles
 
@@ -76,7 +76,7 @@ def _start(
         return
     sizes = (N, -(-P // steps[0]), -(-Q // steps[1]))
     dtype = sources[0].dtype
-    capability = capability_of(target.device)
+    capability = product_capability(target.device, dtype)
     tiles = pick_tiles(sizes, block, dtype, capability, dot_precision(dtype))
     box = tiles.pixels
     boxes = [as_boxes(x, (box.images, box.rows, box.columns, block[1]), capability) for x in sources]

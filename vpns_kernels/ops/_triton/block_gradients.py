@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton.boxes import as_boxes, is_by_address, load_box
-from vpns_kernels.ops._triton.launch import Launch, capability_of, dot_precision
+from vpns_kernels.ops._triton.launch import Launch, dot_precision, product_capability
 from vpns_kernels.ops._triton.rows import as_rows, split_classes
 from vpns_kernels.ops._triton.taps import list_taps, tap_table
 from vpns_kernels.ops._triton.tiles import PixelTile, pick_gradient_tiles, pick_split
@@ -40,7 +40,7 @@ def weight_gradient(
         return torch.zeros(count, *block, dtype=torch.float32, device=grad.device)
     dy, sources = as_rows(grad), split_classes(as_rows(x, geometry.stride), geometry.stride)
     N, _, P, Q = grad.shape
-    tiles = pick_gradient_tiles((N, P, Q), block, grad.dtype, capability_of(grad.device))
+    tiles = pick_gradient_tiles((N, P, Q), block, grad.dtype, product_capability(grad.device, grad.dtype))
     split = pick_split(count, tiles.pixels.count(N, P, Q))
     sums = torch.empty(split, count, *block, dtype=torch.float32, device=grad.device)
     first = 0
@@ -67,7 +67,7 @@ def score_sums(grad: Tensor, x: Tensor, weight: Tensor, block: Pair, geometry: C
     tile = (block[0] * per_k, block[1] * per_c)
     dy, sources = as_rows(grad), split_classes(as_rows(x, geometry.stride), geometry.stride)
     N, _, P, Q = grad.shape
-    tiles = pick_gradient_tiles((N, P, Q), tile, grad.dtype, capability_of(grad.device))
+    tiles = pick_gradient_tiles((N, P, Q), tile, grad.dtype, product_capability(grad.device, grad.dtype))
     tiles_k, tiles_c = -(-blocks[0] // per_k), -(-blocks[1] // per_c)
     split = pick_split(tiles_k * tiles_c * R * S, tiles.pixels.count(N, P, Q))
     sums = torch.empty(split, *blocks, R * S, dtype=torch.float32, device=grad.device)
@@ -108,7 +108,7 @@ def _operands(
     """Arguments and constants that both kernels share."""
     N, P, Q = sizes
     boxes = box.count(N, P, Q)
-    shape, capability = (box.images, box.rows, box.columns), capability_of(dy.device)
+    shape, capability = (box.images, box.rows, box.columns), product_capability(dy.device, dy.dtype)
     args: dict[str, object] = {
         "dy": as_boxes(dy, (*shape, tile[0]), capability),
         "x": as_boxes(source, (*shape, tile[1]), capability),

@@ -3,7 +3,8 @@
 From Hopper on a copy engine reads what a descriptor tells. Before it Triton turns a descriptor into one load
 for each entry: it knows neither that rows begin at multiples of 16 bytes nor that channels are there or not
 by as many at a time, so it reads two bytes of a half precision at a time, which no asynchronous copy does.
-There kernels get a tensor's sizes and steps in units of 16 bytes, and read such units.
+There kernels get a tensor's sizes and steps in units of 16 bytes, and read such units. So they do for full
+products of float32 anywhere: threads multiply them, and spill with operands that lie as tensor cores want.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def is_by_address(capability: int) -> bool:
     """Whether kernels get sizes and steps instead of a descriptor.
 
     Args:
-        capability: major number of the device's compute capability.
+        capability: that of the products (launch.product_capability).
     """
     return capability < _HOPPER
 

@@ -85,6 +85,12 @@ def capability_of(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
+def product_capability(device: torch.device, dtype: torch.dtype) -> int:
+    """As `capability_of`; of full products of float32, which no tensor core takes, 8 at most."""
+    found = capability_of(device)
+    return min(found, 8) if dtype == torch.float32 and dot_precision(dtype) == "ieee" else found
+
+
 def describe(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A tensor whose boxes of `block` entries kernels load by coordinates; beyond its edges it is zero.
 

@@ -55,22 +55,22 @@ def pick_tiles(
     """Tiles of the forward pass and of the input's gradient.
 
     A thread has both operands of a product in registers beside its sums, but where tensor cores read shared
-    memory: Hopper's do, and none takes the full products of float32. There more warps share the sums.
+    memory, as Hopper's do. Without those more warps share the sums.
 
     Args:
         sizes: N, P, Q of what is written (of a class of it).
         block: channels of an output and of an input block.
-        capability: major number of the device's compute capability.
-        precision: of products of float32, "tf32" or "ieee".
+        capability: that of the products (launch.product_capability).
+        precision: of products of float32, "tf32" or "ieee", which no tensor core takes.
     """
-    is_half, is_full = dtype.itemsize == 2, dtype == torch.float32 and precision == "ieee"
+    is_half, is_hopper = dtype.itemsize == 2, capability >= 9
     # Float32 takes twice the memory.
-    most = 128 if is_half else 32 if is_full and capability < 9 else 64
+    most = 128 if is_half else 32 if precision == "ieee" and not is_hopper else 64
     # Products of a warp group have 64 rows; fewer would leave lanes idle.
     pixels = pick_pixels(sizes, most, least=min(most, 64))
     stage_bytes = (pixels.size + block[0]) * block[1] * dtype.itemsize
     has_many_sums = pixels.size * block[0] * dtype.itemsize > 2 * 64 * 128
-    is_crowded = (max(block) >= 64 or not is_half) if capability < 9 else (is_full or has_many_sums)
+    is_crowded = has_many_sums if is_hopper else max(block) >= 64 or not is_half
     warps = 8 if is_crowded else 4
     return Tiles(pixels, warps, pick_stages(stage_bytes, _LIST_STAGES, capability))
 
@@ -99,6 +99,7 @@ def pick_gradient_tiles(
     Args:
         sizes: N, P, Q of the output's gradient.
         tile: filters and channels of a program.
+        capability: that of the products.
     """
     # Before Hopper operands lie in registers beside the sums (see pick_tiles).
     is_crowded, is_large = capability < 9 and min(tile) >= 64, tile[0] * tile[1] > 64 * 128
