@@ -29,6 +29,7 @@ class BenchOptions:
         dtype: of the sparse network: auto, float32 or bfloat16.
         opponents: dense engines; None for all, which then must be there.
         seeds: how many random masks.
+        device: cpu or cuda, for all engines.
         json: where the results go, with a plot beside them.
     """
 
@@ -40,6 +41,7 @@ class BenchOptions:
     dtype: str = "auto"
     opponents: tuple[str, ...] | None = None
     seeds: int = _SEEDS
+    device: str = "cpu"
     rounds: int = _ROUNDS
     layer_rounds: int = _LAYER_ROUNDS
     threads: int | None = None
@@ -58,8 +60,8 @@ class BenchOptions:
                 raise ValueError(f"bench: expected {name} >= 1, got {getattr(self, name)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"bench: expected dtype auto, float32 or bfloat16, got {self.dtype!r}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"bench: expected threads >= 1, got {self.threads}")
+        if self.threads is not None and (self.threads < 1 or self.device != "cpu"):
+            raise ValueError(f"bench: expected threads >= 1 of a CPU, got {self.threads} on {self.device}")
 
 
 def find_bench(arguments: Sequence[str]) -> list[str] | None:
@@ -92,6 +94,7 @@ def parse_bench(options: Sequence[str]) -> BenchOptions:
     parser.add_argument("--dtype", type=str, default="auto", help="of the sparse network")
     parser.add_argument("--opponents", type=str, help="dense engines, with commas (default: all)")
     parser.add_argument("--seeds", type=int, help=f"random masks of each kind (default: {_SEEDS})")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, or cuda: that of all engines")
     parser.add_argument("--rounds", type=int, help=f"interleaved timings (default: {_ROUNDS})")
     parser.add_argument("--threads", type=int, help="of every engine (default: torch's)")
     parser.add_argument("--json", type=str, help="where the results go, with a plot beside them")
@@ -99,7 +102,7 @@ def parse_bench(options: Sequence[str]) -> BenchOptions:
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     given = parser.parse_args(list(options))
     opponents = _words(given.opponents, str, "opponents")
-    if opponents is None and given.quick:
+    if opponents is None and given.quick and given.device == "cpu":
         opponents = _QUICK_OPPONENTS
     return BenchOptions(
         models=_words(given.model, str, "model") or (),
@@ -109,6 +112,7 @@ def parse_bench(options: Sequence[str]) -> BenchOptions:
         sizes=_words(given.size, int, "size") or (),
         dtype=given.dtype,
         opponents=opponents,
+        device=given.device,
         seeds=_default(given.seeds, _QUICK_SEEDS if given.quick else _SEEDS),
         rounds=_default(given.rounds, _QUICK_ROUNDS if given.quick else _ROUNDS),
         layer_rounds=_QUICK_LAYER_ROUNDS if given.quick else _LAYER_ROUNDS,

@@ -24,6 +24,8 @@ from vpns_kernels.convert import mask_layers, mask_modules, weight_masks
 from vpns_kernels.engine import PlanLayer, TraceError, read_artifact, save_engine, write_artifact
 from vpns_kernels.formats import holding_pattern
 from vpns_kernels.measure import bench_network, fingerprint, measurement_lock
+from vpns_kernels.measure.gpu import gpu_fingerprint
+from vpns_kernels.measure.on_gpu import bench_network_on_gpu, find_gpu
 from vpns_kernels.patterns import Channel, Pattern
 from vpns_kernels.shrink import shrink
 
@@ -75,7 +77,15 @@ def export_run(folder: Path, config: RunConfig) -> None:
 
 
 def bench_run(folder: Path, config: RunConfig) -> dict[str, Any]:
-    """Time the pruned network against dense, at the own canvas and at 224 pixels, on 16 validation images."""
+    """Time the pruned network against dense, at the own canvas and at 224 pixels, on 16 validation images.
+
+    Where the run's device is a GPU, there too: the last of the networks.
+
+    Raises:
+        ValueError: a GPU that is not there.
+    """
+    is_on_cpu = torch.device(config.device).type == "cpu"
+    device = torch.device("cpu") if is_on_cpu else find_gpu(config.device)
     context = open_finished(folder)
     pruned, pattern = load_pruned(context).cpu(), parse_pattern(config.pattern)
     masks = _weight_masks(pruned, pattern)
@@ -84,7 +94,10 @@ def bench_run(folder: Path, config: RunConfig) -> dict[str, Any]:
     inputs = [own] if own.shape[-1] == _COMMON_SIZE else [own, common]
     with measurement_lock():
         networks = [bench_network(pruned.network, masks, pattern, x) for x in inputs]
-    return {"machine": fingerprint(), "networks": networks}
+        if not is_on_cpu:
+            networks += [bench_network_on_gpu(pruned.network, pattern, x.to(device)) for x in inputs]
+    machine = fingerprint() if is_on_cpu else gpu_fingerprint(device)
+    return {"machine": machine, "networks": networks}
 
 
 def _inference(pruned: Pruned, network: nn.Module) -> nn.Module:

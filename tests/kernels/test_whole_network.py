@@ -14,7 +14,16 @@ from vpns_kernels.measure import OPPONENTS, Opponent, Sample
 from vpns_kernels.measure.dense_layers import time_dense_layers
 from vpns_kernels.measure.network_targets import network_targets
 from vpns_kernels.measure.random_network import is_pruned, maskable_layers, prune_randomly, scale_weights
-from vpns_kernels.measure.whole_network import FURTHER, Rivals, Settings, _race, bench_whole, find_rivals
+from vpns_kernels.measure.whole_network import (
+    FURTHER,
+    Clock,
+    Rivals,
+    Settings,
+    _fastest,
+    _race,
+    bench_whole,
+    find_rivals,
+)
 
 QUICK = Settings(rounds=6, layer_rounds=2, rest_s=0.0, dtype="float32")
 
@@ -104,7 +113,7 @@ def test_the_best_dense_counts_only_beside_the_compiler_and_openvino() -> None:
     assert not Rivals({"torch float32": call}).counts
 
 
-def test_only_contenders_run_in_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_contenders_run_in_all_rounds() -> None:
     taken = {
         "a float32": 10.0,
         "b float32": 14.0,
@@ -117,10 +126,9 @@ def test_only_contenders_run_in_all_rounds(monkeypatch: pytest.MonkeyPatch) -> N
     def fake(calls: dict[str, Any], rounds: int, **settings: Any) -> dict[str, Sample]:
         return {name: Sample((taken[name],) * rounds) for name in calls}
 
-    monkeypatch.setattr("vpns_kernels.measure.whole_network.interleave", fake)
     everybody = {name: lambda: torch.zeros(1) for name in taken}
     sparse = {"s": everybody.pop("s")}
-    samples = _race(everybody, sparse, Settings(rounds=30))
+    samples = _race(everybody, sparse, Settings(rounds=30, clock=Clock(interleave=fake)))
     rounds = {name: len(sample.times_ms) for name, sample in samples.items()}
     assert rounds == {
         "a float32": 30,
@@ -130,6 +138,12 @@ def test_only_contenders_run_in_all_rounds(monkeypatch: pytest.MonkeyPatch) -> N
         FURTHER[0]: 30,
         "s": 30,
     }
+
+
+def test_what_was_timed_in_the_first_rounds_alone_is_not_the_fastest() -> None:
+    dense = dict.fromkeys(("a float32", "b float32"), lambda: torch.zeros(1))
+    samples = {"a float32": Sample((2.0,) * 30), "b float32": Sample((1.0,) * 3)}
+    assert _fastest(dense, samples) == "a float32"
 
 
 @pytest.mark.parametrize("spec", ["block:4x4", "channel"])
@@ -170,7 +184,8 @@ def test_a_wrong_answer_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 def cell(**changes: Any) -> dict[str, Any]:
     settings = {
         "model": "resnet50", "pattern": "block:32x32", "family": "block", "density": 0.1, "batch": 32,
-        "size": 224, "speedup": 3.5, "speedup_low": 3.4, "best_dense_counts": True, "sparse_flops_frac": 0.95,
+        "size": 224, "device": "cpu", "speedup": 3.5, "speedup_low": 3.4, "best_dense_counts": True,
+        "sparse_flops_frac": 0.95,
         "flops_ratio": 5.0, "max_rel_err": 0.01, "sparse_dtype": "bfloat16",
         "against": {"openvino int8": {"median": 1.9}, "torch float32": {"median": 9.0}},
     }  # fmt: skip

@@ -64,6 +64,7 @@ def make_network(image_size: int, speedup: float = 2.0, low: float = 1.8) -> dic
         for name, (shape, _, kept) in LAYERS.items()
     ]
     return {
+        "device": "cpu",
         "image_size": image_size,
         "batch": 16,
         "dense": {

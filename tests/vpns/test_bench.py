@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,10 +12,14 @@ import pytest
 import torch
 
 from bench.readme import render_whole
-from vpns import cli
+from vpns import cli, deploy
+from vpns.bench import bench_model, measure, to_text
 from vpns.bench.subject import load_subject
 from vpns.bench_options import BenchOptions, find_bench, parse_bench
 from vpns.run import execute
+from vpns_kernels.measure import on_gpu
+from vpns_kernels.measure.timing import interleave
+from vpns_kernels.measure.whole_network import Clock
 
 MINE = ["bench", "--model", "tiny_task:build", "--size", "16", "--batch", "2", "--rounds", "6", "--quick"]
 
@@ -99,6 +104,52 @@ def test_a_run_and_its_artifact_are_measured_as_they_were_pruned(
     assert "expected --size 12 of 'tiny_task:build', got [16]" in capsys.readouterr().err
     assert cli.main([*asked, "--density=0.1"]) == 2
     assert "expected no --pattern and --density" in capsys.readouterr().err
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    """The CPU where a GPU is looked for, with the CPU's clock and no compiler among the opponents."""
+    monkeypatch.setattr(module, "find_gpu", lambda name: torch.device("cpu"))
+    clock = Clock(interleave, on_gpu._layers, on_gpu._take)
+    for place in (on_gpu, measure):
+        monkeypatch.setattr(place, "gpu_clock", lambda: clock)
+    monkeypatch.setitem(on_gpu._MAKERS, on_gpu.AUTOTUNED, on_gpu._eager)
+
+
+def test_a_gpu_has_opponents_of_its_own(tiny_task: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, measure)
+    report = bench_model(parse_bench([*MINE[1:], "--device=cuda", "--density=0.5", "--pattern=block:4x4"]))
+    (cell,) = report["cells"]
+    assert set(cell["dense"]) == set(on_gpu.GPU_OPPONENTS)
+    assert cell["best_dense_counts"]
+    assert report["settings"]["device"] == "cuda"
+    assert {row["best_dense"] for row in cell["layers"] if row["density"] is not None} == {"torch"}
+    assert "tiny_task:build, block:4x4 at density 0.5" in to_text(report)
+
+
+def test_a_run_on_a_gpu_is_measured_there_too(
+    tmp_path: Path, tiny_task: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_task.make_config()
+    execute(tmp_path, config, "export")
+    fake_gpu(monkeypatch, deploy)
+    found = deploy.bench_run(tmp_path, replace(config, device="cuda"))["networks"]
+    on_cpu = deploy.bench_run(tmp_path, config)["networks"]
+    assert len(found) == 2 * len(on_cpu)
+    # Where the CPU stands in for the GPU, its name is told.
+    assert all(row.keys() == on_cpu[0].keys() and row["device"] == "cpu" for row in found)
+    assert set(found[-1]["dense"]) == set(on_gpu.GPU_OPPONENTS)
+    assert [row["image_size"] for row in found] == 2 * [row["image_size"] for row in on_cpu]
+
+
+def test_a_gpu_that_is_not_there_is_refused_in_one_line(
+    tiny_task: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "--model", "tiny_task:build", "--device", "cuda"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("vpns: error: bench: expected a GPU that torch can use as 'cuda', got 0")
+    assert cli.main(["bench", "--model", "tiny_task:build", "--device", "cuda", "--threads", "2"]) == 2
+    assert "expected threads >= 1 of a CPU, got 2 on cuda" in capsys.readouterr().err
 
 
 def test_names_of_torchvision_are_known() -> None:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from vpns.bench.subject import BenchSubject, load_subject
 from vpns.bench_options import BenchOptions
 from vpns_kernels.measure import fingerprint, measurement_lock
+from vpns_kernels.measure.gpu import gpu_fingerprint
 from vpns_kernels.measure.network_targets import network_targets
+from vpns_kernels.measure.on_gpu import find_gpu, find_gpu_rivals, gpu_clock
 from vpns_kernels.measure.random_network import kept_frac, prune_randomly, scale_weights
-from vpns_kernels.measure.whole_network import Settings, bench_whole, find_rivals
+from vpns_kernels.measure.whole_network import Clock, Settings, bench_whole, find_rivals
 from vpns_kernels.patterns import Pattern, parse_pattern
 
 SCHEMA_VERSION = 1
@@ -26,10 +28,12 @@ def bench_model(options: BenchOptions) -> dict[str, Any]:
     """The report, of plain values: the figures of the first cell, all `cells`, `targets`, and the machine.
 
     Raises:
-        ValueError: options that the network cannot have.
+        ValueError: options that the network cannot have, or a device that is not there.
         RuntimeError: a dense engine that was asked for and is not there.
     """
-    subjects = [load_subject(name) for name in options.models]
+    on_cpu = options.device == "cpu"
+    device = torch.device("cpu") if on_cpu else find_gpu(options.device)
+    subjects = [load_subject(name, device) for name in options.models]
     kinds = [_kinds(subject, options) for subject in subjects]
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads or before)
@@ -38,9 +42,9 @@ def bench_model(options: BenchOptions) -> dict[str, Any]:
             cells = [
                 cell
                 for subject, mine in zip(subjects, kinds, strict=True)
-                for cell in _cells(subject, mine, options)
+                for cell in _cells(subject, mine, options, device)
             ]
-            machine = fingerprint()
+            machine = fingerprint() if on_cpu else gpu_fingerprint(device)
     finally:
         torch.set_num_threads(before)
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
@@ -70,10 +74,20 @@ def _kinds(subject: BenchSubject, options: BenchOptions) -> list[tuple[Pattern |
 
 
 def _cells(
-    subject: BenchSubject, kinds: list[tuple[Pattern | None, float]], options: BenchOptions
+    subject: BenchSubject,
+    kinds: list[tuple[Pattern | None, float]],
+    options: BenchOptions,
+    device: torch.device,
 ) -> Iterator[dict[str, Any]]:
     dense = subject.network if subject.is_pruned else scale_weights(subject.network)
-    settings = Settings(options.rounds, options.layer_rounds, dtype=options.dtype, engine=subject.engine)
+    on_cpu = options.device == "cpu"
+    settings = Settings(
+        options.rounds,
+        options.layer_rounds,
+        dtype=options.dtype,
+        engine=subject.engine,
+        clock=Clock() if on_cpu else gpu_clock(),
+    )
     sizes = options.sizes or (subject.size or _SIZE,)
     if subject.engine is not None and set(sizes) != {subject.size}:
         raise ValueError(f"bench: expected --size {subject.size} of {subject.name!r}, got {list(sizes)}")
@@ -81,12 +95,13 @@ def _cells(
         for batch in options.batches:
             x = _images(batch, size)
             _say(f"{subject.name}: {size} px, batch {batch}: getting the dense engines ready")
-            rivals = find_rivals(dense, x, options.opponents)
+            given = x.to(device)
+            rivals = (find_rivals if on_cpu else find_gpu_rivals)(dense, given, options.opponents)
             for pattern, density in kinds:
                 spec = "as found" if pattern is None else pattern.spec
                 _say(f"{subject.name}: {size} px, batch {batch}: {spec} at density {density:g}")
                 pruned = _pruned(subject, dense, pattern, density, x, options.seeds)
-                cell = bench_whole(rivals, pruned, pattern, x, settings)
+                cell = bench_whole(rivals, pruned, pattern, given, settings)
                 yield {
                     "model": subject.name,
                     "pattern": spec,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from vpns.config import ModelConfig, PromptConfig
@@ -42,8 +43,11 @@ class BenchSubject:
     engine: Engine | None = None
 
 
-def load_subject(name: str) -> BenchSubject:
+def load_subject(name: str, device: torch.device | str = "cpu") -> BenchSubject:
     """The network of a run's folder, of an artifact's, or of a name.
+
+    Args:
+        device: of the engine, where there is one.
 
     Raises:
         ValueError: a name that nobody knows, or an artifact without weights.
@@ -52,7 +56,7 @@ def load_subject(name: str) -> BenchSubject:
     if (folder / "run.json").is_file():
         return _from_run(folder)
     if (folder / "manifest.json").is_file():
-        return _from_artifact(folder)
+        return _from_artifact(folder, device)
     network = build_model(ModelConfig(name), _CLASSES, seed=0)
     return BenchSubject(name, network.eval(), is_pruned(network))
 
@@ -67,7 +71,7 @@ def _from_run(folder: Path) -> BenchSubject:
     return BenchSubject(config.model.name, network, True, config.pattern, config.density, size)
 
 
-def _from_artifact(folder: Path) -> BenchSubject:
+def _from_artifact(folder: Path, device: torch.device | str) -> BenchSubject:
     artifact = read_artifact(folder)
     manifest, weights = artifact.manifest, artifact.weights
     if weights is None or not isinstance(manifest.get("model"), dict):
@@ -86,7 +90,8 @@ def _from_artifact(folder: Path) -> BenchSubject:
     made = build_prompt(PromptConfig(**settings))
     made.load_state_dict(prompt)
     whole = Inference(made, network, is_prompted, label_map_from_list(manifest.get("label_map")))
-    return BenchSubject(model.name, whole, True, pattern, density, made.image_size, load(folder))
+    engine = load(folder, device=device)
+    return BenchSubject(model.name, whole, True, pattern, density, made.image_size, engine)
 
 
 def _fit_head(network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:

@@ -10,8 +10,9 @@ from vpns.report.markdown import show_number, to_markdown
 def to_text(report: dict[str, Any]) -> str:
     """The report in markdown."""
     machine = report["machine"]
+    gpu = f"{machine['gpu']}; " if "gpu" in machine else ""
     lines = [
-        f"{machine['cpu']}, {machine['threads']} threads, "
+        f"{gpu}{machine['cpu']}, {machine['threads']} threads, "
         f"{', '.join(machine['isa']) or 'no native library'}; medians of interleaved calls",
     ]
     for cell in report["cells"]:

@@ -15,8 +15,9 @@ _NAMED = 3
 def describe_machine(facts: Facts) -> str:
     """What was measured on, and how."""
     machine = facts.bench["machine"]
+    gpu = f"{machine['gpu']}; " if "gpu" in machine else ""
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, instruction sets "
+        f"{gpu}{machine['cpu']}, {machine['threads']} threads, instruction sets "
         f"{', '.join(machine['isa']) or 'unknown'}; medians of interleaved runs. The headline is "
         "the ratio to the fastest dense engine measured. Rows: "
         "[engines.csv](engines.csv), [layers.csv](layers.csv)."
@@ -33,13 +34,14 @@ def show_engines(network: dict[str, Any]) -> Section:
         f"{network['sparse_flops_frac']:.1%} of the FLOPs of pruned layers ran sparse; largest "
         f"relative output error {network['max_rel_err']:.2g}."
     )
-    title = f"{network['image_size']} px, batch {network['batch']}: {show_ratio(network)}"
+    title = f"{network['image_size']} px, batch {network['batch']}{_place(network)}: {show_ratio(network)}"
     return Section(title, (Table(("engine", "median, ms", "20%", "80%"), rows), told), level=3)
 
 
 def tabulate_engines(network: dict[str, Any]) -> list[dict[str, Any]]:
     """Every dense engine, fastest first, then the sparse network."""
-    place = {"image_size": network["image_size"], "batch": network["batch"]}
+    place = {"device": network.get("device", "cpu")}
+    place |= {"image_size": network["image_size"], "batch": network["batch"]}
     times = ("median_ms", "p20_ms", "p80_ms")
     dense = [
         {**place, "engine": name, **{key: timed[key] for key in times}}
@@ -76,7 +78,12 @@ def show_layers(network: dict[str, Any]) -> Section:
         "of the time",
         "why ",
     )
-    return Section(f"Layers at {network['image_size']} px", (Table(header, rows),), level=3)
+    return Section(f"Layers at {network['image_size']} px{_place(network)}", (Table(header, rows),), level=3)
+
+
+def _place(network: dict[str, Any]) -> str:
+    """Where it was measured, if not on the CPU; that of old files is not told."""
+    return "" if network.get("device", "cpu") == "cpu" else " on the GPU"
 
 
 def explain_time(network: dict[str, Any]) -> str:

@@ -41,6 +41,12 @@ def time_dense_layers(
     return [_time(call, rounds, pattern, rest_s) for call in _record(network, x)]
 
 
+@torch.no_grad()
+def list_layers(network: nn.Module, x: Tensor, pattern: Pattern | None = None) -> list[dict[str, Any]]:
+    """As `time_dense_layers`, without the times."""
+    return [_tell(call, pattern) for call in _record(network, x)]
+
+
 def _record(network: nn.Module, x: Tensor) -> list[_Call]:
     found: list[_Call] = []
     hooks = []
@@ -67,6 +73,10 @@ def _time(call: _Call, rounds: int, pattern: Pattern | None, rest_s: float) -> d
     }
     samples = interleave(calls, rounds, rest_s=rest_s)
     best = min(samples, key=lambda name: samples[name].median_ms)
+    return _tell(call, pattern) | {"best_dense": best, "dense_ms": samples[best].median_ms}
+
+
+def _tell(call: _Call, pattern: Pattern | None) -> dict[str, Any]:
     geometry = ConvGeometry.from_module(call.layer)
     is_linear = isinstance(call.layer, nn.Linear)
     height, width = (1, 1) if is_linear else tuple(call.x.shape[2:])
@@ -78,8 +88,6 @@ def _time(call: _Call, rounds: int, pattern: Pattern | None, rest_s: float) -> d
         "flops": geometry.flops(
             call.x.numel() // call.x.shape[-1] if is_linear else len(call.x), height, width
         ),
-        "best_dense": best,
-        "dense_ms": samples[best].median_ms,
     }
 
 

@@ -84,6 +84,7 @@ def bench_network(
         row["share"] = row["sparse_ms" if row["choice"] == "sparse" else "dense_ms"] / total
     flops = sum(row["flops"] for row in rows)
     return {
+        "device": "cpu",
         "image_size": x.shape[-1],
         "batch": x.shape[0],
         "dense": {name: samples[name].to_dict() for name in engines},

@@ -36,12 +36,12 @@ def find_opponents(network: nn.Module, x: Tensor, names: Iterable[str] | None = 
 
 
 def _eager(name: str, subject: Subject) -> Opponent:
-    cast, given = _cast(subject.network, subject.x, _dtype(name))
+    cast, given = cast_network(subject.network, subject.x, _dtype(name))
     return Opponent(name, _without_grad(cast, given))
 
 
 def _compiled(name: str, subject: Subject) -> Opponent:
-    cast, given = _cast(subject.network, subject.x, _dtype(name))
+    cast, given = cast_network(subject.network, subject.x, _dtype(name))
     # Frozen weights are laid out and folded once: the fastest that the compiler offers for inference.
     compiled = torch.compile(cast, options={"freezing": True})
     call = _without_grad(compiled, given)
@@ -70,7 +70,8 @@ def _dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name.split()[-1]]
 
 
-def _cast(network: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+def cast_network(network: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """A copy in evaluation mode and its input, of that type, channels_last."""
     cast = copy.deepcopy(network).eval().to(dtype)
     # Not module.to(memory_format): a Conv3d or a 4-D buffer of its own meaning would change too.
     for module in cast.modules():

@@ -1,0 +1,181 @@
+"""How is a whole network measured on a GPU? By CUDA events, against torch and its compiler at their best."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpns_kernels.engine.graphs import CudaRecorder
+from vpns_kernels.measure.dense_layers import list_layers
+from vpns_kernels.measure.deployed import Deployed
+from vpns_kernels.measure.opponents import cast_network
+from vpns_kernels.measure.subject import Call, Opponent, Subject
+from vpns_kernels.measure.timing import Sample
+from vpns_kernels.measure.whole_network import Clock, Rivals, Settings, bench_whole
+from vpns_kernels.patterns import Pattern
+
+EAGER, AUTOTUNED = "torch bfloat16", "torch.compile bfloat16"
+GPU_OPPONENTS = (EAGER, AUTOTUNED)
+
+
+def find_gpu(name: str) -> torch.device:
+    """The GPU of that name.
+
+    Raises:
+        ValueError: another kind of device, or a GPU that torch cannot use.
+    """
+    device = torch.device(name)
+    if device.type != "cuda":
+        raise ValueError(f"bench: expected device cpu or cuda, got {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"bench: expected a GPU that torch can use as {name!r}, got {count} "
+            "(on the CPU: --device cpu, or without that option)"
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def find_gpu_rivals(network: nn.Module, x: Tensor, names: Iterable[str] | None = None) -> Rivals:
+    """Torch's eager bfloat16, recorded as a CUDA graph, and its compiler fully tuned, which takes minutes.
+
+    Args:
+        x: [N, C, H, W] float32 on the GPU.
+        names: both by default.
+
+    Raises:
+        ValueError: a name that is none of them.
+        RuntimeError: one that cannot run here.
+    """
+    asked = tuple(GPU_OPPONENTS if names is None else names)
+    if unknown := [name for name in asked if name not in GPU_OPPONENTS]:
+        raise ValueError(f"bench: expected opponents on a GPU in {list(GPU_OPPONENTS)}, got {unknown}")
+    subject = Subject(copy.deepcopy(network).to(x.device), x)
+    calls: dict[str, Call] = {}
+    for name in asked:
+        cast, given = cast_network(subject.network, x, torch.bfloat16)
+        found = subject.check(Opponent(name, _MAKERS[name](cast, given)))
+        if found.call is None:
+            raise RuntimeError(f"bench: expected the dense engine {name!r}, got: {found.why_not}")
+        calls[name] = found.call
+    return Rivals(calls, needed=GPU_OPPONENTS)
+
+
+def bench_network_on_gpu(network: nn.Module, pattern: Pattern, x: Tensor, rounds: int = 30) -> dict[str, Any]:
+    """A pruned network, whole and by layer, as `bench_network` tells of a CPU.
+
+    Args:
+        network: in evaluation mode, zeros where pruned; on the CPU.
+        x: [N, C, H, W] float32 on the GPU.
+
+    Raises:
+        RuntimeError: a dense engine that cannot run, or outputs that are not the network's.
+    """
+    rivals = find_gpu_rivals(network, x)
+    cell = bench_whole(rivals, [network], pattern, x, Settings(rounds, clock=gpu_clock()))
+    dtype = cell["best_dense"].split()[-1]
+    layers = [_layer_row(row, pattern, dtype) for row in cell["layers"] if row["density"] is not None]
+    kept = ("device", "dense", "best_dense", "dense_ms", "sparse_ms", "sparse_dtype", "speedup")
+    return {
+        "image_size": x.shape[-1],
+        "batch": len(x),
+        **{key: cell[key] for key in kept},
+        **{key: cell[key] for key in ("speedup_low", "speedup_high", "max_rel_err", "sparse_flops_frac")},
+        "dense_dtype": dtype,
+        "layers": layers,
+    }
+
+
+def _layer_row(row: dict[str, Any], pattern: Pattern, dense_dtype: str) -> dict[str, Any]:
+    times = row["dense_ms"], row["sparse_ms"]
+    told = ("layer", "shape", "density", "choice", "kernel", "reason", "flops", "share")
+    return {
+        **{name: row[name] for name in told},
+        "dense_ms": times[0],
+        "sparse_ms": times[1],
+        "pattern": pattern.spec,
+        "dense_dtype": dense_dtype,
+        "speedup": None if None in times else times[0] / times[1],
+    }
+
+
+def gpu_clock() -> Clock:
+    """How a GPU's time is told to `bench_whole`."""
+    return Clock(interleave_events, _layers, _take)
+
+
+def interleave_events(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    rest_s: float = 0.0,
+    make_event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True),
+) -> dict[str, Sample]:
+    """As timing.interleave, from an event before each call to one after it on the GPU.
+
+    Args:
+        rest_s: none is needed, for nothing of a GPU waits in a loop.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(warmup + rounds):
+        for name, call in calls.items():
+            begin, end = make_event(), make_event()
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            if number >= warmup:
+                times[name].append(float(begin.elapsed_time(end)))
+    return {name: Sample(tuple(taken)) for name, taken in times.items()}
+
+
+def _layers(
+    network: nn.Module, deployed: Deployed, x: Tensor, pattern: Pattern | None, settings: Settings
+) -> list[dict[str, Any]]:
+    """Dense times are those by which the engine chose, of cuDNN with what follows the layer."""
+    dense_ms = deployed.dense_ms()
+    return [
+        row | {"best_dense": "torch", "dense_ms": dense_ms.get(row["layer"])}
+        for row in list_layers(network, x.cpu(), pattern)
+    ]
+
+
+def _take(x: Tensor, dtype: str) -> Tensor:
+    """In the type and order of the network: the dense engines have that before they are timed, too."""
+    return x.to(getattr(torch, dtype)).contiguous(memory_format=torch.channels_last)
+
+
+def _eager(network: nn.Module, x: Tensor) -> Call:
+    """Recorded: what Python costs between torch's kernels is not the opponent's fault."""
+    call = _without_grad(network, x)
+    if x.device.type != "cuda":
+        return call
+    y, replay = CudaRecorder(x.device).record(call)
+
+    def play() -> Tensor:
+        replay()
+        return y
+
+    return play
+
+
+def _autotuned(network: nn.Module, x: Tensor) -> Call:
+    compiled = torch.compile(network, mode="max-autotune", dynamic=False)
+    call = _without_grad(compiled, x)
+    call()
+    return call
+
+
+_MAKERS: dict[str, Callable[[nn.Module, Tensor], Call]] = {EAGER: _eager, AUTOTUNED: _autotuned}
+
+
+def _without_grad(network: Callable[[Tensor], Tensor], x: Tensor) -> Call:
+    def call() -> Tensor:
+        with torch.no_grad():
+            return network(x)
+
+    return call
