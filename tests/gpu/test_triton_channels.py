@@ -14,7 +14,7 @@ from tests.gpu.test_gpu_waits import Reads
 from tests.gpu.test_triton_gradients import DTYPES, draw, gradients
 from vpns_kernels import ConvGeometry, pack, parse_pattern, unpack
 from vpns_kernels.formats import pick
-from vpns_kernels.ops._triton import channel_lists, channel_rows
+from vpns_kernels.ops._triton import channel_lists, rows
 from vpns_kernels.ops._triton.channel_rows import ChannelRows
 from vpns_kernels.ops._triton.channel_tiles import (
     pick_channel_gradient_tiles,
@@ -25,6 +25,7 @@ from vpns_kernels.ops._triton.channel_tiles import (
 from vpns_kernels.testing import conv_excess, poisoned_memory
 
 CHANNEL = parse_pattern("channel")
+BLOCKS = parse_pattern("block:16x16")
 LAYERS: dict[str, tuple[ConvGeometry, tuple[int, int, int]]] = {
     "3x3": (ConvGeometry(40, 48, (3, 3), padding=(1, 1)), (2, 5, 9)),
     "3x3_stride_2": (ConvGeometry(48, 40, (3, 3), (2, 2), (1, 1)), (3, 7, 6)),
@@ -169,16 +170,20 @@ def test_what_is_not_kept_reaches_nothing(which: str, memory: str, device: torch
     assert conv_excess(y, x.nan_to_num(), weight, bias, geometry, residual, "relu") <= 1
 
 
-@pytest.mark.parametrize("which", ["few", "run"])
+@pytest.mark.parametrize("which", ["few", "run", "blocks"])
 def test_boxes_whose_pixels_lie_far_apart_are_counted_in_64_bits(
     which: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     geometry = LAYERS["3x3_stride_2"][0]
     packed = make_packed(geometry, which, torch.float32)
+    if which == "blocks":
+        weight = draw(*geometry.weight_shape, seed=4)
+        kept = draw(*BLOCKS.units_shape(geometry.weight_shape), seed=5) > 0
+        packed = pack(weight, BLOCKS.expand(kept, tuple(weight.shape)).contiguous(), BLOCKS, geometry)
     leaves = [t.to(device, copy=True).requires_grad_() for t in (draw(3, 48, 7, 6, seed=2), packed.values)]
     layout, results = [t.to(device) for t in packed.layout], []
-    for near in (channel_rows.NEAR, 0):
-        monkeypatch.setattr(channel_rows, "NEAR", near)
+    for near in (rows.NEAR, 0):
+        monkeypatch.setattr(rows, "NEAR", near)
         y = vpns_kernels.sparse_conv2d(leaves[0], leaves[1], layout, geometry, backend="triton")
         results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
     for one, other in zip(*results, strict=True):

@@ -22,7 +22,7 @@ from vpns_kernels.ops._triton.block_lists import BlockLists
 from vpns_kernels.ops._triton.boxes import as_boxes, is_by_address, load_block, load_box
 from vpns_kernels.ops._triton.epilogue import Epilogue, finish
 from vpns_kernels.ops._triton.launch import Launch, dot_precision, product_capability
-from vpns_kernels.ops._triton.rows import as_rows, split_classes
+from vpns_kernels.ops._triton.rows import as_rows, is_far, split_classes
 from vpns_kernels.ops._triton.tiles import pick_tiles
 
 # Descriptors that the kernel has room for: the classes of a stride of 2.
@@ -94,6 +94,7 @@ def _start(
         "Q": Q,
         "K": K,
     }
+    written_rows = target.permute(0, 2, 3, 1)[:, :: steps[0], :: steps[1]]
     constants = {
         "READ_CLASSES": len(sources),
         "STEP_P": steps[0],
@@ -106,6 +107,7 @@ def _start(
         "IS_TRANSPOSED": is_transposed,
         "IS_PACKED": weight.is_packed,
         "BY_ADDRESS": is_by_address(capability),
+        "IS_FAR": is_far(written_rows, box),
         **epilogue.constants,
         "PRECISION": dot_precision(dtype),
     }
@@ -142,6 +144,7 @@ def _convolve_kernel(
     IS_TRANSPOSED: tl.constexpr,
     IS_PACKED: tl.constexpr,
     BY_ADDRESS: tl.constexpr,
+    IS_FAR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACT: tl.constexpr,
@@ -196,13 +199,15 @@ def _convolve_kernel(
             entry = following
 
     pixel = tl.arange(0, PIXELS)
-    n = n0 + pixel // (BLOCK_P * BLOCK_Q)
-    p = p0 + pixel // BLOCK_Q % BLOCK_P
-    q = q0 + pixel % BLOCK_Q
+    if IS_FAR:
+        pixel = pixel.to(tl.int64)
+    n, p, q = pixel // (BLOCK_P * BLOCK_Q), pixel // BLOCK_Q % BLOCK_P, pixel % BLOCK_Q
     k = out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    mask = ((n < N) & (p < rows) & (q < columns))[:, None] & (k < K)[None, :]
-    # Channels_last, without gaps: of y and of the residual alike.
-    row = (n.to(tl.int64) * P + p * STEP_P + phase_p) * Q + q * STEP_Q + phase_q
-    offs = row[:, None] * K + k[None, :]
+    mask = ((n0 + n < N) & (p0 + p < rows) & (q0 + q < columns))[:, None] & (k < K)[None, :]
+    # Channels_last, without gaps, of y and residual alike; by 32 bits from the box's corner: 64 would spill.
+    corner = (n0.to(tl.int64) * P + p0 * STEP_P + phase_p) * Q + q0 * STEP_Q + phase_q
+    offs = ((n * P + p * STEP_P) * Q + q * STEP_Q)[:, None] * K + k[None, :]
+    y_ptr += corner * K
+    residual_ptr += corner * K
     acc = finish(acc, bias_ptr, residual_ptr, k, k < K, offs, mask, HAS_BIAS, HAS_RESIDUAL, ACT)
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)

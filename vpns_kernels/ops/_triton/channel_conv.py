@@ -20,10 +20,11 @@ from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton.channel_lists import ChannelList
-from vpns_kernels.ops._triton.channel_rows import ChannelRows, gather, is_far
+from vpns_kernels.ops._triton.channel_rows import ChannelRows, gather
 from vpns_kernels.ops._triton.channel_tiles import pick_channel_tiles
 from vpns_kernels.ops._triton.epilogue import Epilogue, finish
 from vpns_kernels.ops._triton.launch import Launch, capability_of, describe, dot_precision
+from vpns_kernels.ops._triton.rows import is_far
 from vpns_kernels.ops._triton.taps import tap_table
 
 # Sources that the kernel has room for: the classes of a stride of 2.

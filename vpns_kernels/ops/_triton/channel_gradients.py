@@ -15,9 +15,10 @@ from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._triton.channel_lists import PackedChannels
-from vpns_kernels.ops._triton.channel_rows import ChannelRows, gather, is_far
+from vpns_kernels.ops._triton.channel_rows import ChannelRows, gather
 from vpns_kernels.ops._triton.channel_tiles import pick_channel_gradient_tiles
 from vpns_kernels.ops._triton.launch import Launch, capability_of, dot_precision
+from vpns_kernels.ops._triton.rows import is_far
 from vpns_kernels.ops._triton.taps import list_taps, tap_table
 from vpns_kernels.ops._triton.tiles import pick_split
 

@@ -19,9 +19,6 @@ from vpns_kernels.ops._triton.launch import describe
 from vpns_kernels.ops._triton.rows import is_aligned, split_classes
 from vpns_kernels.ops._triton.tiles import PixelTile
 
-# Entries that 32 bits count.
-NEAR = 2**31 - 1
-
 
 @dataclass(frozen=True)
 class ChannelRows:
@@ -65,12 +62,6 @@ class ChannelRows:
             f"{name}_kept": self.channels.kept,
             **{f"stride_{name}{axis}": step for axis, step in zip("nhwc", strides, strict=True)},
         }
-
-
-def is_far(rows: Tensor, box: PixelTile) -> bool:
-    """Whether places of a box of [N, H, W, C] lie too far apart for 32 bits; its corner is found in 64."""
-    reach = (box.images, box.rows, box.columns, rows.shape[3])
-    return sum(size * step for size, step in zip(reach, rows.stride(), strict=True)) > NEAR
 
 
 @triton.jit

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from vpns_kernels.geometry import Pair
 from vpns_kernels.ops._triton.launch import ALIGNMENT_BYTES
+from vpns_kernels.ops._triton.tiles import PixelTile
+
+# Entries that 32 bits count.
+NEAR = 2**31 - 1
 
 
 def as_rows(x: Tensor, stride: Pair = (1, 1)) -> Tensor:
@@ -40,6 +44,12 @@ def is_aligned(rows: Tensor) -> bool:
     is_dense = rows.shape[-1] == 1 or rows.stride(-1) == 1
     fits = all(step % unit == 0 and step > 0 for step in long_axes)
     return is_dense and fits and rows.data_ptr() % ALIGNMENT_BYTES == 0
+
+
+def is_far(rows: Tensor, box: PixelTile) -> bool:
+    """Whether places of a box of [N, H, W, C] lie too far apart for 32 bits; its corner is found in 64."""
+    reach = (box.images, box.rows, box.columns, rows.shape[3])
+    return sum(size * step for size, step in zip(reach, rows.stride(), strict=True)) > NEAR
 
 
 def empty_activation(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
