@@ -75,7 +75,38 @@ def render_experiment(path: Path) -> str:
         points = f"{test['difference']:+.1f} ({test['low']:+.1f} to {test['high']:+.1f})"
         numbers = f"{test['p_value']:.2g} | {test['pairs']} | {test['detectable']:.1f}"
         lines.append(f"| {name} | {points} | {numbers} |")
+    costs = {"exp2": _frame_costs, "exp3": _channel_costs}.get(report["experiment"])
+    if costs is not None:
+        lines += ["", *costs(report["table"])]
     return "\n".join(lines)
+
+
+def _frame_costs(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a wider frame costs."""
+    lines = [
+        "| frame | parameters | accuracy, % | ms per update | peak memory, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {row['frame']} of {row['of_canvas']} px | {row['parameters']:,} | {row['accuracy']:.1f} | "
+        f"{row['ms_per_update']:.0f} | {row['peak_mib']:.0f} |"
+        for row in rows
+    ]
+
+
+def _channel_costs(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What multiply-adds promise, and what was measured."""
+    lines = [
+        "| channels | accuracy, % | multiply-adds left | promised | measured, over the best dense |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        left = row["operations"] / row["dense_operations"]
+        lines.append(
+            f"| {row['arm']} | {row['accuracy']:.1f} | {left:.0%} | {1 / left:.1f}x | {row['speedup']:.1f}x "
+            f"({row['sparse_ms']:.1f} ms) |"
+        )
+    return lines
 
 
 def render_layers(path: Path) -> str:
