@@ -41,13 +41,15 @@ class KeptInputConv2d(nn.Conv2d):
         return twin
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """As nn.Conv2d; of frozen weights, by the kept channels alone where at most half are kept.
+        """As nn.Conv2d; on the CPU, of frozen weights, by the kept channels alone where at most half are kept.
 
         Args:
             mask: bool [C]; the other channels of the input are zero.
         """
         learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        kept = None if mask is None or learns else mask.nonzero()[:, 0]
+        # To count what is kept, a GPU would have to be waited for.
+        reads_mask = mask is not None and mask.device.type == "cpu" and not learns
+        kept = mask.nonzero()[:, 0] if mask is not None and reads_mask else None
         if kept is None or not 0 < kept.numel() <= MOST_KEPT * self.in_channels:
             return super().forward(input)
         x = autocast_input(input)

@@ -110,3 +110,9 @@ def test_weights_that_learn_get_their_gradient() -> None:
     (found,) = torch.autograd.grad(twin(x).sum(), weight)
     (expected,) = torch.autograd.grad(network(x).sum(), weight)
     assert torch.equal(found, expected)
+
+
+def test_another_device_is_not_asked_what_the_mask_holds() -> None:
+    layer = KeptInputConv2d.from_conv(nn.Conv2d(8, 4, 3).requires_grad_(False)).to("meta")
+    mask = torch.zeros(8, dtype=torch.bool, device="meta")
+    assert layer(torch.empty(2, 8, 5, 5, device="meta"), mask).shape == (2, 4, 3, 3)

@@ -77,7 +77,7 @@ def _start(
     sizes = (N, -(-P // steps[0]), -(-Q // steps[1]))
     dtype = sources[0].dtype
     capability = product_capability(target.device, dtype)
-    tiles = pick_tiles(sizes, block, dtype, capability, dot_precision(dtype))
+    tiles = pick_tiles(sizes, block, dtype, capability, dot_precision(dtype), len(sources))
     box = tiles.pixels
     boxes = [as_boxes(x, (box.images, box.rows, box.columns, block[1]), capability) for x in sources]
     args = {f"x_{i}": boxes[min(i, len(boxes) - 1)] for i in range(_MOST_CLASSES)}

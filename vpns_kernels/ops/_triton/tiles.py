@@ -51,6 +51,7 @@ def pick_tiles(
     dtype: torch.dtype,
     capability: int,
     precision: str = "tf32",
+    classes: int = 1,
 ) -> Tiles:
     """Tiles of the forward pass and of the input's gradient.
 
@@ -62,10 +63,14 @@ def pick_tiles(
         block: channels of an output and of an input block.
         capability: that of the products (launch.product_capability).
         precision: of products of float32, "tf32" or "ieee", which no tensor core takes.
+        classes: of pixels that are read, each by a list of its own.
     """
     is_half, is_hopper = dtype.itemsize == 2, capability >= 9
     # Float32 takes twice the memory.
     most = 128 if is_half else 32 if precision == "ieee" and not is_hopper else 64
+    # Four classes read by addresses spilled with more.
+    if is_half and not is_hopper and classes > 1:
+        most = 64
     # Products of a warp group have 64 rows; fewer would leave lanes idle.
     pixels = pick_pixels(sizes, most, least=min(most, 64))
     stage_bytes = (pixels.size + block[0]) * block[1] * dtype.itemsize
