@@ -41,7 +41,7 @@ class KeptInputConv2d(nn.Conv2d):
         return twin
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """As nn.Conv2d; on the CPU, of frozen weights, by the kept channels alone where at most half are kept.
+        """As nn.Conv2d; on the CPU, if frozen, by the kept channels alone where at most half are kept.
 
         Args:
             mask: bool [C]; the other channels of the input are zero.
