@@ -161,7 +161,7 @@ def test_every_layer_is_told_its_backends_and_the_network_is_left_alone(
     [
         ("block:16x16", "triton", "triton: no costs were measured on this GPU; blocks of 16x16"),
         ("block:4x4", "reference", "dense: no costs were measured on this GPU; triton: it takes blocks"),
-        ("unstructured", "reference", "triton: it takes block weights"),
+        ("unstructured", "reference", "triton: it takes blocks and channels"),
     ],
 )
 def test_on_a_gpu_the_layers_sizes_decide_and_the_reason_is_given(
