@@ -46,8 +46,8 @@ inline bool select_threshold_is_right() {
   std::sort(sorted.begin(), sorted.end(), std::greater<float>());
   const float expected = sorted[kept - 1];
   const int64_t larger = std::lower_bound(sorted.begin(), sorted.end(), expected, std::greater<float>()) - sorted.begin();
-  const int64_t ties = std::count(sorted.begin(), sorted.end(), expected);
-  int64_t stay = all_or_none && kept - larger < ties ? 0 : kept - larger;
+  const int64_t equal = std::count(sorted.begin(), sorted.end(), expected);
+  int64_t stay = all_or_none && kept - larger < equal ? 0 : kept - larger;
   if (found.value != expected || found.ties_kept != stay || found.kept != larger + stay) return false;
   for (size_t t = 0; t < targets.size(); ++t)
     for (size_t i = 0; i < tensors[t].size(); ++i) {
