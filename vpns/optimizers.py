@@ -32,6 +32,7 @@ def build_optimizer(
         optimizer = torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=decay, fused=fused)
     if fused:
         optimizer.register_step_pre_hook(_lay_out_gradients)
+        optimizer.register_step_post_hook(_count_change)
     return optimizer
 
 
@@ -41,6 +42,12 @@ def _lay_out_gradients(optimizer: Optimizer, *_: Any) -> None:
         for p in group["params"]:
             if p.grad is not None and p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
+
+
+def _count_change(optimizer: Optimizer, *_: Any) -> None:
+    """Fused steps leave a tensor's version as it was, by which others know that it changed."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
 
 
 def set_learning_rate(optimizer: Optimizer, schedule: str, epoch: int, epochs: int) -> None:

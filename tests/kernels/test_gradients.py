@@ -221,6 +221,22 @@ def test_block_weight_gradients_on_emulated_tiles(geometry: ConvGeometry, spec: 
 
 
 @pytest.mark.parametrize("spec", PATTERNS)
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_layer_that_learned_computes_with_what_it_learned(spec: str, is_fused: bool) -> None:
+    packed = make(ConvGeometry(32, 32, (3, 3)), spec, torch.float32)
+    layer, x = SparseConv2d(packed), torch.randn(2, 32, 7, 7)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, fused=is_fused)
+    for _ in range(2):
+        with torch.no_grad():
+            layer(x)
+        layer(x).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            learned = Packed(layer.values.detach().clone(), packed.layout, packed.pattern, packed.geometry)
+            assert torch.equal(layer(x), SparseConv2d(learned)(x))
+
+
+@pytest.mark.parametrize("spec", PATTERNS)
 def test_the_same_bits_each_time_and_for_any_thread_count(spec: str) -> None:
     geometry = ConvGeometry(64, 48, (3, 3), (1, 1), (1, 1))
     packed, (x, grad) = make(geometry, spec, torch.float32), inputs(geometry, 5, torch.float32)

@@ -215,6 +215,8 @@ def test_an_optimizer_steps_as_torch_does_whatever_the_order_in_memory(kind: str
         rival.step()
     assert torch.equal(*found)
     torch.testing.assert_close(found[0], plain.detach())
+    # By its version others know that a tensor changed.
+    assert parameter._version >= len(grads)
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])

@@ -37,7 +37,9 @@ class RayExecutor:
         self._ray, self._workers = ray, workers
         self._running: dict[Any, tuple[Job, float]] = {}
         if address is None:
-            options: dict[str, Any] = {"num_cpus": workers * threads, "include_dashboard": False}
+            # "local": never the cluster that somebody else has started on this machine.
+            options: dict[str, Any] = {"address": "local", "num_cpus": workers * threads}
+            options["include_dashboard"] = False
         else:
             _expect_listener(address)
             options = {"address": address}

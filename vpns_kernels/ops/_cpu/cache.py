@@ -98,6 +98,12 @@ class PreparedCache(Generic[_Form]):
                 forms.popitem(last=False)
         return form
 
+    def expect_change(self) -> None:
+        """Take the values for others at the next call: some write to them without a trace."""
+        with self._lock:
+            if self._made is not None:
+                self._made.forget_values()
+
 
 def _refilled(form: _Form, values: Tensor) -> _Form | None:
     refilled: _Form | None = form.refilled(values) if hasattr(form, "refilled") else None
@@ -117,6 +123,9 @@ class _Made(Generic[_Form]):
         self._filling, self._values_stamp = 0, tuple[object, ...]()
         self._values_storage: object = None
         self._copy: Tensor | None = None
+
+    def forget_values(self) -> None:
+        self._values_stamp = ()
 
     def filling_of(self, values: Tensor, compares_values: bool) -> int:
         """A number that rises whenever the values are others than at the last call."""
