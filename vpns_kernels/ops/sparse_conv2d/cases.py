@@ -26,7 +26,7 @@ GEOMETRIES: dict[str, tuple[ConvGeometry, tuple[int, int, int]]] = {
     "linear": (ConvGeometry(130, 70, (1, 1)), (33, 1, 1)),
     "groups_2": (ConvGeometry(64, 64, (3, 3), padding=(1, 1), groups=2), (4, 6, 7)),
     "one_pixel": (ConvGeometry(32, 32, (3, 3), padding=(1, 1)), (16, 1, 1)),
-    "few_pixels": (ConvGeometry(48, 32, (3, 3), (2, 2), (1, 1), (1, 2)), (5, 2, 3)),
+    "few_pixels": (ConvGeometry(32, 48, (3, 3), (2, 2), (1, 1), (1, 2)), (6, 2, 3)),
     "one_column": (ConvGeometry(8, 16, (3, 1), padding=(1, 0)), (5, 40, 1)),
     "primes": (ConvGeometry(37, 29, (3, 3), padding=(1, 1)), (7, 11, 23)),
     "batch_0": (ConvGeometry(32, 32, (3, 3), padding=(1, 1)), (0, 14, 14)),
