@@ -14,8 +14,14 @@ from vpns_kernels import OPS
 from vpns_kernels.ops.case import Case
 from vpns_kernels.testing import poisoned_memory
 
+# The fused op runs the kernel of channels too, with all that can follow it.
 ROWS = [
-    pytest.param(op, case, id=f"{op.name}-{case.name}")
+    pytest.param(
+        op,
+        case,
+        id=f"{op.name}-{case.name}",
+        marks=[pytest.mark.long] if op.name == "sparse_conv2d" and "channel-" in case.name else [],
+    )
     for op in OPS.values()
     if "triton" in op.backends
     for case in op.cases()
