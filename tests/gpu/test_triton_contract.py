@@ -14,13 +14,15 @@ from vpns_kernels import OPS
 from vpns_kernels.ops.case import Case
 from vpns_kernels.testing import poisoned_memory
 
-# The fused op runs the kernel of channels too, with all that can follow it.
+# What another test runs too, where there is time: the fused op has the same kernels, with all that can follow
+# them, and test_triton_channels the masked layers with their gradients.
+TWICE = (("sparse_conv2d", "channel-"), ("sparse_conv2d", "block:16x16"), ("masked_conv2d", "channel-"))
 ROWS = [
     pytest.param(
         op,
         case,
         id=f"{op.name}-{case.name}",
-        marks=[pytest.mark.long] if op.name == "sparse_conv2d" and "channel-" in case.name else [],
+        marks=[pytest.mark.long] if any(op.name == o and form in case.name for o, form in TWICE) else [],
     )
     for op in OPS.values()
     if "triton" in op.backends
