@@ -105,8 +105,10 @@ class _Sparse(nn.Module):
         check_inputs(x, self.geometry, self.bias, residual, self.act, x.dtype)
         learned = (x, self.values, self.bias, residual)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in learned):
-            # Fused optimizers step without counting it as a change (torch's _fused_sgd_, _fused_adam_).
-            self._cache.expect_change()
+            # Fused optimizers step without counting it as a change (torch's _fused_sgd_, _fused_adam_). Of a
+            # compiled step nothing is seen here.
+            if not torch.compiler.is_compiling():
+                self._cache.expect_change()
             y = sparse_conv2d(x, self.values, self.layout, self.geometry, self.bias, self.backends)
             return finish(y, residual, self.act, y.dtype)
         # Tracers see the op; a tensor of another type (a fake one) has no data to compute with here.
