@@ -240,7 +240,7 @@ def test_no_canvas_of_the_batch_is_ever_in_memory(variant: str) -> None:
         triton.run_backward(grad, *inputs, *settings_of(args), (True, True, True))
     assert "prompt_conv2d_wgrad" in {launch.kernel.__name__ for launch in launches}
     # A canvas for each of a few groups of images, sums of a few splits: never something of each image.
-    sums = prompt_weight_gradient.pick_tiles(args["geometry"], grad.numel() // 17).splits + 8
+    sums = prompt_weight_gradient.pick_tiles(args["geometry"], grad.numel() // 17, grad.dtype).splits + 8
     assert max(largest) <= max(sums * args["weight"].numel(), 32 * 3 * 13 * 13)
     assert max(largest) < 1000 * 3 * 13 * 13
 
