@@ -99,14 +99,18 @@ class _Sparse(nn.Module):
         self._cache = _cpu.PreparedCache(prepare)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
+    def train(self, mode: bool = True) -> Self:
+        # A compiled step, of which nothing is seen here, may have gone before.
+        self._cache.expect_change()
+        return super().train(mode)
+
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
         x = autocast_input(x)
         residual = None if residual is None else autocast_input(residual)
         check_inputs(x, self.geometry, self.bias, residual, self.act, x.dtype)
         learned = (x, self.values, self.bias, residual)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in learned):
-            # Fused optimizers step without counting it as a change (torch's _fused_sgd_, _fused_adam_). Of a
-            # compiled step nothing is seen here.
+            # Fused optimizers step without counting it as a change (torch's _fused_sgd_, _fused_adam_).
             if not torch.compiler.is_compiling():
                 self._cache.expect_change()
             y = sparse_conv2d(x, self.values, self.layout, self.geometry, self.bias, self.backends)

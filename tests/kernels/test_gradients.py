@@ -236,6 +236,16 @@ def test_a_layer_that_learned_computes_with_what_it_learned(spec: str, is_fused:
             assert torch.equal(layer(x), SparseConv2d(learned)(x))
 
 
+def test_a_layer_whose_mode_was_set_computes_with_what_it_has_now() -> None:
+    packed, x = make(ConvGeometry(32, 32, (3, 3)), "block:16x16", torch.float32), torch.randn(2, 32, 7, 7)
+    layer = SparseConv2d(packed)
+    with torch.no_grad():
+        before = layer(x)
+        # As a compiled and fused step does: no version is counted, and no forward pass is seen.
+        layer.values.data.mul_(2)
+        assert torch.equal(layer.eval()(x), 2 * before)
+
+
 @pytest.mark.parametrize("spec", PATTERNS)
 def test_the_same_bits_each_time_and_for_any_thread_count(spec: str) -> None:
     geometry = ConvGeometry(64, 48, (3, 3), (1, 1), (1, 1))
