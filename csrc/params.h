@@ -41,7 +41,7 @@ struct SparseWeights {
   int64_t count;
   int64_t bk, bc;       // 1, 1 where not block
   int64_t columns = 0;  // of channel weights
-  int threads = 1;      // that may prepare them
+  int threads = 1;      // that may prepare them, and are expected to run them
 };
 
 // One call: x [N, H, W, C] with contiguous channels and free other strides, y [N, P, Q, K];
@@ -63,8 +63,12 @@ struct ConvCall {
   int64_t y_stride_n = 0, y_stride_h = 0, y_stride_w = 0;
   // Of a kernel that takes any batch (PreparedConv::takes_any_batch): images of this call; -1: those of the shape.
   int64_t images = -1;
+  // Of a kernel that takes any rows (PreparedConv::takes_any_rows): output rows of this call; rows = -1: all. What other
+  // rows would read is not touched, nor what they would write.
+  int64_t first_row = 0, rows = -1;
 
   int64_t batch(const ConvShape& s) const { return images < 0 ? s.N : images; }
+  int64_t row_count(const ConvShape& s) const { return rows < 0 ? s.P : rows; }
 
   int64_t y_at(const ConvShape& s, int64_t n, int64_t p, int64_t q) const {
     if (y_stride_w == 0) return ((n * s.P + p) * s.Q + q) * s.K;

@@ -42,7 +42,7 @@ struct Weights {
 
 // The sizes of values tell the format: [count], [count, bk, bc] or [count, columns, R, S].
 inline Weights weights(uintptr_t values, const std::string& type, uintptr_t indptr, uintptr_t index,
-                const std::vector<int64_t>& sizes) {
+                       const std::vector<int64_t>& sizes, int threads) {
   check(sizes.size() == 1 || sizes.size() == 3 || sizes.size() == 4, "Weights", "values of 1, 3 or 4 dimensions",
         sizes.size());
   const Format format = sizes.size() == 1   ? Format::kUnstructured
@@ -51,7 +51,7 @@ inline Weights weights(uintptr_t values, const std::string& type, uintptr_t indp
   const bool is_block = format == Format::kBlock;
   return {{format, dtype(type), pointer<const void>(values), pointer<const int32_t>(indptr),
            pointer<const int32_t>(index), sizes[0], is_block ? sizes[1] : 1, is_block ? sizes[2] : 1,
-           format == Format::kChannel ? sizes[1] : 0}};
+           format == Format::kChannel ? sizes[1] : 0, threads}};
 }
 
 void bind_batch_norm_act(pybind11::module_& m);

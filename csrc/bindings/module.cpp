@@ -35,7 +35,7 @@ PYBIND11_MODULE(_native, m) {
   bind_prompt_conv2d(m);
 
   py::class_<Weights>(m, "Weights").def(py::init(&weights), py::arg("values"), py::arg("dtype"), py::arg("indptr"),
-                                        py::arg("index"), py::arg("sizes"));
+                                        py::arg("index"), py::arg("sizes"), py::arg("threads") = 1);
 
   bind_gradients(m);
   bind_masked(m);
@@ -82,7 +82,7 @@ PYBIND11_MODULE(_native, m) {
       "sparse_conv2d_refusals",
       [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& values_sizes, const std::string& values_type,
          const std::string& x_type) {
-        return sparse_conv2d_refusals(shape(sizes), weights(0, values_type, 0, 0, values_sizes).raw, dtype(x_type));
+        return sparse_conv2d_refusals(shape(sizes), weights(0, values_type, 0, 0, values_sizes, 1).raw, dtype(x_type));
       },
       py::arg("shape"), py::arg("values_sizes"), py::arg("values_dtype"), py::arg("x_dtype"),
       "(name, why not) of every kernel, preferred first; why not is empty where it takes layers of these sizes here.");

@@ -115,10 +115,9 @@ template <typename Cell>
 void prompt_forward(const BlockPlan& plan, const PromptedImages& images, const ConvCall& call) {
   const ConvShape& s = plan.shape;
   const CanvasRows<Cell> canvases(images);
-  run_block_of<Cell>(plan, call, false,
-                     [&](int64_t n, int64_t p0, int64_t q0, int64_t begin, int64_t end, Cell* planes) {
-                       for (int64_t row = begin; row < end; ++row)
-                         compose_row(canvases, n, p0 * s.stride_h - s.pad_h + row * plan.h.skip,
-                                     q0 * s.stride_w - s.pad_w, plan.cols, plan.w.skip, planes + row * plan.cols * 3);
-                     });
+  run_block_of<Cell>(plan, call, false, [&](int64_t n, int64_t p0, int64_t q0, int64_t rows, Cell* planes) {
+    for (int64_t row = 0; row < rows; ++row)
+      compose_row(canvases, n, p0 * s.stride_h - s.pad_h + row * plan.h.skip, q0 * s.stride_w - s.pad_w, plan.cols,
+                  plan.w.skip, planes + row * plan.cols * 3);
+  });
 }

@@ -64,8 +64,8 @@ struct BlockPlan {
   ConvShape shape;
   int64_t cell_bytes;     // of one channel in the planes: 4 in float32, 2 in bf16
   BlockAxis h, w;
-  int64_t tile_p, tile_q; // output pixels of a task
-  int64_t rows, cols;     // of the planes of a task
+  int64_t tile_p, tile_q; // output pixels of a piece, at most
+  int64_t cols;           // of the planes of a piece
   int64_t group_cells;    // channels of a group in the planes
   bool may_read_in_place; // an input of the planes' type can itself serve as the planes
   std::vector<uint16_t> gather;  // kept input channels; empty where all are
@@ -83,6 +83,28 @@ BlockPlan make_block_plan(const ConvShape&, const SparseWeights& block_or_channe
 // The first strip of one of `parts` parts of about the same cost.
 int64_t first_strip(const BlockPlan&, int64_t part, int64_t parts);
 
+// Some outputs of a call: images [n0, n1), rows [p0, p1), columns [q0, q1).
+struct BlockPiece {
+  int64_t n0, n1, p0, p1, q0, q1;
+};
+
+// How a call is shared out. The outputs are cut into pieces: groups of images × tiles of rows × tiles of columns. The
+// first `whole` pieces are tasks as they are; each of the others, too few for all threads, is `parts` tasks, which take
+// strips of about the same cost and lay out its planes each for itself: to fetch what another core has just written
+// takes longer.
+struct BlockTasks {
+  int64_t groups, tiles_p, tiles_q;
+  int64_t whole, parts;
+
+  int64_t pieces() const { return groups * tiles_p * tiles_q; }
+  int64_t count() const { return whole + (pieces() - whole) * parts; }
+};
+
+BlockTasks cut_tasks(const BlockPlan&, const ConvCall&);
+
+// Of one of the pieces.
+BlockPiece find_piece(const BlockPlan&, const ConvCall&, const BlockTasks&, int64_t piece);
+
 using RunBlock = void (*)(const BlockPlan&, const ConvCall&);
 
 void run_block_avx2(const BlockPlan&, const ConvCall&);
@@ -99,7 +121,7 @@ constexpr int kBlockPixelsAvx512 = 12;
 constexpr int64_t kWideGroupWords = 96;
 constexpr int64_t kGroupWords = 192;
 
-// The planes of a task stay within this many bytes, so that they are read from the second-level cache.
+// The planes of a piece stay within this many bytes, so that they are read from the second-level cache.
 constexpr int64_t kBlockPlaneBytes = 256 * 1024;
 
 }  // namespace vpns

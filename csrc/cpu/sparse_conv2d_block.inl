@@ -156,8 +156,8 @@ void multiply_group(BlockTile tile, int64_t pixels) {
   for (int64_t i = 0; i < pixels * 2 * kLanes; i += 2 * kLanes) store(sums + i, load(sums + i) + load(own + i));
 }
 
-using LoadRows = void (*)(const BlockPlan&, const ConvCall&, int64_t n, int64_t p0, int64_t q0, int64_t begin,
-                          int64_t end, void* planes);
+using LoadRows = void (*)(const BlockPlan&, const ConvCall&, int64_t n, int64_t p0, int64_t q0, int64_t rows,
+                          void* planes);
 using StoreSums = void (*)(const BlockPlan&, const ConvCall&, const BlockStrip&, const float* sums,
                            const int64_t* target, int64_t pixels);
 
@@ -181,14 +181,14 @@ ForOutputs pick_outputs(const ConvCall& call) {
   return {kMultiplyRuns<Cell, float>, store_sums<float>};
 }
 
-// The output pixels of a task: where each reads and writes.
+// The output pixels of a piece: where each reads and writes.
 struct BlockPixels {
   int64_t* base;    // cells from the base of the planes
   int64_t* target;  // its first output channel, elements from the base of y
   int64_t count;
 };
 
-// All pixels of a task × one strip.
+// All pixels of a piece × one strip.
 template <typename Cell>
 void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& strip, const void* x,
                const BlockPixels& pixels, const ForOutputs& outputs, PhaseClock& clock) {
@@ -222,73 +222,60 @@ void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& st
   }
 }
 
-// All outputs of a call whose planes are call.x itself (in_place), or what load(n, p0, q0, begin, end, planes) lays out:
-// rows [begin, end) of the planes of the tile at output (p0, q0) of image n.
+// All outputs of a call whose planes are call.x itself (in_place), or what load(n, p0, q0, rows, planes) lays out: the first
+// rows of the planes of the tile at output (p0, q0) of image n.
 template <typename Cell, typename Load>
 void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, const Load& load) {
   const ConvShape& s = plan.shape;
-  const int64_t images = call.batch(s);
+  const BlockTasks cut = cut_tasks(plan, call);
+  if (cut.pieces() == 0) return;
   const ForOutputs outputs = pick_outputs<Cell>(call);
-  const int64_t pixel_cells = s.groups * plan.group_cells, image_cells = plan.rows * plan.cols * pixel_cells;
-  const int64_t tiles_p = (s.P + plan.tile_p - 1) / plan.tile_p, tiles_q = (s.Q + plan.tile_q - 1) / plan.tile_q;
-  // Small images share a task, for whole register tiles and longer use of each weight.
-  const int64_t room = std::max<int64_t>(kBlockPlaneBytes / (plan.cell_bytes * image_cells), 1);
-  const int64_t most = std::clamp<int64_t>((images + 2 * call.threads - 1) / (2 * call.threads), 1, room);
-  const int64_t groups = tiles_p * tiles_q == 1 ? (images + most - 1) / most : images;
-  const int64_t tile_n = groups == 0 ? 1 : (images + groups - 1) / groups;
-  const int64_t tasks = (images + tile_n - 1) / tile_n * tiles_p * tiles_q;
-  if (tasks == 0) return;
-  // Where there are few tasks, several threads share one: its planes are laid out once, its strips are split by cost.
-  const int64_t parts = call.threads == 1 ? 1
-                                          : std::clamp<int64_t>(2 * call.threads / tasks, 1,
-                                                                static_cast<int64_t>(plan.strips.size()));
-  const bool shared = parts > 1 && !in_place;
-  const int64_t pixel_room = (tile_n * plan.tile_p * plan.tile_q + kBlockAbreast + 15) / 16 * 16;
-  const int64_t task_floats = in_place ? 0 : (tile_n * image_cells * plan.cell_bytes + 255) / 256 * 64;
-  const int64_t shared_floats = shared ? tasks * task_floats : 0;
-  float* const callers = shared ? thread_scratch(shared_floats + 4 * pixel_room) : nullptr;
+  const int64_t tile_n = ceil_div(call.batch(s), cut.groups), tile_p = ceil_div(call.row_count(s), cut.tiles_p);
+  const int64_t pixel_cells = s.groups * plan.group_cells, image_cells = plan.h.extent(tile_p) * plan.cols * pixel_cells;
+  const int64_t pixel_room = (tile_n * tile_p * plan.tile_q + kBlockAbreast + 15) / 16 * 16;
+  const int64_t plane_floats = in_place ? 0 : (tile_n * image_cells * plan.cell_bytes + 255) / 256 * 64;
+  int64_t taken = 0;
 #pragma omp parallel num_threads(call.threads)
   {
-    const bool is_caller = shared && omp_get_thread_num() == 0;
-    float* memory = is_caller ? callers + shared_floats : thread_scratch(4 * pixel_room + (shared ? 0 : task_floats));
+    float* const memory = thread_scratch(4 * pixel_room + plane_floats);
     BlockPixels pixels{reinterpret_cast<int64_t*>(memory), reinterpret_cast<int64_t*>(memory) + pixel_room, 0};
-    float* const own = memory + 4 * pixel_room;
+    Cell* const planes = reinterpret_cast<Cell*>(memory + 4 * pixel_room);
+    const void* const x = in_place ? call.x : planes;
     PhaseClock clock(call);
-    const auto planes_of = [&](int64_t task) { return shared ? callers + task * task_floats : own; };
-    const auto lay_out = [&](int64_t task, int64_t begin, int64_t end) {
-      const int64_t q0 = task % tiles_q * plan.tile_q, p0 = task / tiles_q % tiles_p * plan.tile_p;
-      const int64_t n0 = task / (tiles_q * tiles_p) * tile_n;
-      for (int64_t n = n0; n < std::min(n0 + tile_n, images); ++n)
-        load(n, p0, q0, begin, end, reinterpret_cast<Cell*>(planes_of(task)) + (n - n0) * image_cells);
-    };
-    if (shared) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < tasks * plan.rows; ++i) lay_out(i / plan.rows, i % plan.rows, i % plan.rows + 1);
-    }
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t i = 0; i < tasks * parts; ++i) {
-      const int64_t part = i % parts, task = i / parts;
-      if (!in_place && !shared) lay_out(task, 0, plan.rows);
-      const int64_t q0 = task % tiles_q * plan.tile_q, p0 = task / tiles_q % tiles_p * plan.tile_p;
-      const int64_t n0 = task / (tiles_q * tiles_p) * tile_n;
+    const auto lay_out = [&](const BlockPiece& piece) {
       pixels.count = 0;
-      for (int64_t n = n0; n < std::min(n0 + tile_n, images); ++n)
-        for (int64_t p = p0; p < std::min(p0 + plan.tile_p, s.P); ++p)
-          for (int64_t q = q0; q < std::min(q0 + plan.tile_q, s.Q); ++q, ++pixels.count) {
-            const int64_t row = (p - p0) * plan.h.step, col = (q - q0) * plan.w.step;
+      for (int64_t n = piece.n0; n < piece.n1; ++n) {
+        Cell* const image = planes + (n - piece.n0) * image_cells;
+        if (!in_place) load(n, piece.p0, piece.q0, plan.h.extent(piece.p1 - piece.p0), image);
+        for (int64_t p = piece.p0; p < piece.p1; ++p)
+          for (int64_t q = piece.q0; q < piece.q1; ++q, ++pixels.count) {
+            const int64_t row = (p - piece.p0) * plan.h.step, col = (q - piece.q0) * plan.w.step;
             pixels.base[pixels.count] =
                 in_place ? n * call.x_stride_n + p * s.stride_h * call.x_stride_h + q * s.stride_w * call.x_stride_w
-                         : (n - n0) * image_cells + (row * plan.cols + col) * pixel_cells;
+                         : image - planes + (row * plan.cols + col) * pixel_cells;
             pixels.target[pixels.count] = call.y_at(s, n, p, q);
           }
+      }
       // Strips of one vector take whole groups of pixels, the last of which may be there several times.
       for (int64_t more = 0; more < kBlockAbreast; ++more)
         pixels.base[pixels.count + more] = pixels.base[pixels.count - 1];
       clock.ends(kLayout);
-      const void* x = in_place ? call.x : planes_of(task);
+    };
+    // Each thread begins with the task of its number, as in the layer before, so that it finds in its cache what it wrote.
+    const int64_t team = omp_get_num_threads();
+    int64_t laid_out = -1, task = omp_get_thread_num();
+    while (task < cut.count()) {
+      const bool is_whole = task < cut.whole;
+      const int64_t piece = is_whole ? task : cut.whole + (task - cut.whole) / cut.parts;
+      const int64_t part = is_whole ? 0 : (task - cut.whole) % cut.parts, parts = is_whole ? 1 : cut.parts;
+      if (piece != laid_out) lay_out(find_piece(plan, call, cut, piece));
+      laid_out = piece;
       const int64_t last = first_strip(plan, part + 1, parts);
       for (int64_t strip = first_strip(plan, part, parts); strip < last; ++strip)
         run_strip<Cell>(plan, call, plan.strips[strip], x, pixels, outputs, clock);
+#pragma omp atomic capture
+      task = taken++;
+      task += team;
     }
     end_streams();
   }
@@ -298,8 +285,7 @@ template <typename Cell>
 void run_block(const BlockPlan& plan, const ConvCall& call) {
   const bool in_place = plan.may_read_in_place && call.x_dtype == (sizeof(Cell) == 4 ? DType::kF32 : DType::kBF16);
   const LoadRows load = pick_load<Cell>(call);
-  run_block_of<Cell>(plan, call, in_place,
-                     [&](int64_t n, int64_t p0, int64_t q0, int64_t begin, int64_t end, Cell* planes) {
-                       load(plan, call, n, p0, q0, begin, end, planes);
-                     });
+  run_block_of<Cell>(plan, call, in_place, [&](int64_t n, int64_t p0, int64_t q0, int64_t rows, Cell* planes) {
+    load(plan, call, n, p0, q0, rows, planes);
+  });
 }

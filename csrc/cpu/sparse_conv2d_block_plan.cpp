@@ -36,6 +36,14 @@ constexpr int64_t kStripCost = 16;
 // Input channels that channel weights take at a time, so that the planes of a few pixels stay in the first-level cache.
 constexpr int64_t kChannelChunk = 64;
 
+// Output pixels that a piece should have: whole register tiles, and some use of each weight.
+constexpr int64_t kLeastPixels = 48;
+
+// Of the planes for so many output rows of an image.
+int64_t plane_bytes(const BlockPlan& plan, int64_t rows) {
+  return plan.h.extent(rows) * plan.cols * plan.shape.groups * plan.group_cells * plan.cell_bytes;
+}
+
 class Planner {
  public:
   Planner(const ConvShape& s, const SparseWeights& weights, int64_t lanes, bool pairs, int64_t channels, int64_t bc)
@@ -103,9 +111,8 @@ class Planner {
     plan_.tile_p = s.P;
     plan_.tile_q = s.Q;
     const auto bytes = [&] {
-      plan_.rows = plan_.h.extent(plan_.tile_p);
       plan_.cols = plan_.w.extent(plan_.tile_q);
-      return plan_.rows * plan_.cols * s.groups * plan_.group_cells * plan_.cell_bytes;
+      return plane_bytes(plan_, plan_.tile_p);
     };
     while (bytes() > kBlockPlaneBytes && plan_.tile_p > 1) plan_.tile_p = even_tile(s.P, plan_.tile_p - 1);
     while (bytes() > kBlockPlaneBytes && plan_.tile_q > 16) plan_.tile_q = even_tile(s.Q, plan_.tile_q - 1);
@@ -267,6 +274,49 @@ BlockAxis make_block_axis(int64_t taps, int64_t stride, int64_t dilation) {
 BlockPlan make_block_plan(const ConvShape& s, const SparseWeights& weights, int64_t lanes, bool pairs) {
   return weights.format == Format::kBlock ? plan_blocks(s, weights, lanes, pairs)
                                           : plan_channels(s, weights, lanes, pairs);
+}
+
+BlockTasks cut_tasks(const BlockPlan& plan, const ConvCall& call) {
+  const ConvShape& s = plan.shape;
+  const int64_t images = call.batch(s), rows = call.row_count(s), threads = call.threads;
+  BlockTasks cut{images, ceil_div(rows, plan.tile_p), ceil_div(s.Q, plan.tile_q), 0, 1};
+  if (cut.pieces() == 0) return cut;
+  if (cut.tiles_p * cut.tiles_q == 1) {
+    // Small images share a piece, for whole register tiles and longer use of each weight.
+    const int64_t room = std::max<int64_t>(kBlockPlaneBytes / plane_bytes(plan, rows), 1);
+    const int64_t wanted = std::max(ceil_div(images, 2 * threads), ceil_div(kLeastPixels, rows * s.Q));
+    cut.groups = ceil_div(images, std::clamp<int64_t>(wanted, 1, room));
+    if (cut.groups > threads) cut.groups = std::min(images, ceil_div(cut.groups, threads) * threads);
+  }
+  cut.whole = cut.pieces();
+  const int64_t left = cut.whole % threads;
+  if (left == 0) return cut;
+  // Smaller tiles, where the rows can be shared out evenly.
+  for (int64_t tiles = cut.tiles_p; tiles <= std::min(rows, 4 * threads); ++tiles) {
+    const int64_t pieces = cut.groups * tiles * cut.tiles_q, tile_p = ceil_div(rows, tiles);
+    const int64_t busiest = ceil_div(pieces, threads) * tile_p * threads, all = cut.groups * cut.tiles_q * rows;
+    if (tile_p * plan.tile_q < kLeastPixels) break;
+    if (busiest * 16 > all * 17) continue;
+    cut.tiles_p = tiles;
+    cut.whole = pieces;
+    return cut;
+  }
+  cut.whole -= left;
+  cut.parts = parts_of_left(left, threads, static_cast<int64_t>(plan.strips.size()));
+  return cut;
+}
+
+BlockPiece find_piece(const BlockPlan& plan, const ConvCall& call, const BlockTasks& cut, int64_t piece) {
+  const ConvShape& s = plan.shape;
+  const auto share = [](int64_t all, int64_t i, int64_t shares) { return all * i / shares; };
+  const int64_t q = piece % cut.tiles_q, p = piece / cut.tiles_q % cut.tiles_p, n = piece / cut.tiles_q / cut.tiles_p;
+  const int64_t images = call.batch(s), rows = call.row_count(s);
+  return {share(images, n, cut.groups),
+          share(images, n + 1, cut.groups),
+          call.first_row + share(rows, p, cut.tiles_p),
+          call.first_row + share(rows, p + 1, cut.tiles_p),
+          q * plan.tile_q,
+          std::min((q + 1) * plan.tile_q, s.Q)};
 }
 
 int64_t first_strip(const BlockPlan& plan, int64_t part, int64_t parts) {

@@ -17,10 +17,10 @@ inline void zero_cells(Cell* to, int64_t count) {
   std::memset(to, 0, count * sizeof(Cell));
 }
 
-// Lays out rows [begin, end) of the planes of the tile at output (p0, q0) of image n.
+// Lays out the first rows of the planes of the tile at output (p0, q0) of image n.
 template <typename Cell, typename X>
-void load_rows(const BlockPlan& plan, const ConvCall& call, int64_t n, int64_t p0, int64_t q0, int64_t begin,
-               int64_t end, void* planes) {
+void load_rows(const BlockPlan& plan, const ConvCall& call, int64_t n, int64_t p0, int64_t q0, int64_t rows,
+               void* planes) {
   const ConvShape& s = plan.shape;
   const int64_t channels = s.C / s.groups, pixel_cells = s.groups * plan.group_cells, cols = plan.cols;
   const int64_t w0 = q0 * s.stride_w - s.pad_w, skip = plan.w.skip;
@@ -28,7 +28,7 @@ void load_rows(const BlockPlan& plan, const ConvCall& call, int64_t n, int64_t p
   const int64_t right = std::clamp(s.W > w0 ? (s.W - w0 + skip - 1) / skip : 0, left, cols);
   const bool gathers = !plan.gather.empty();
   const bool side_by_side = !gathers && pixel_cells == s.C && skip == 1 && call.x_stride_w == s.C;
-  for (int64_t row = begin; row < end; ++row) {
+  for (int64_t row = 0; row < rows; ++row) {
     const int64_t h = p0 * s.stride_h - s.pad_h + row * plan.h.skip;
     Cell* to = static_cast<Cell*>(planes) + row * cols * pixel_cells;
     if (h < 0 || h >= s.H) {
@@ -57,7 +57,7 @@ void load_rows(const BlockPlan& plan, const ConvCall& call, int64_t n, int64_t p
 inline bool streams_outputs(const BlockPlan& plan, const ConvCall& call) {
   const ConvShape& s = plan.shape;
   const int64_t bytes = call.y_dtype == DType::kF32 ? 4 : 2;
-  return call.batch(s) * s.P * s.Q * s.K * bytes >= kStreamedBytes;
+  return call.batch(s) * call.row_count(s) * s.Q * s.K * bytes >= kStreamedBytes;
 }
 
 // The sums [pixels][2 * kLanes] of a strip, each pixel's to the output pixel `target` says.

@@ -58,6 +58,7 @@ class PreparedInputGradient final : public PreparedConv {
       if (part.layout == nullptr) return nullptr;
       OwnedWeights t;
       part.layout->fill(w, t, threads);
+      t.view.threads = threads;
       std::unique_ptr<PreparedConv> conv = part.conv->refilled(t.view, threads);
       if (conv == nullptr) conv = part.kernel->prepare(part.shape, t.view);
       parts.push_back({part.row, part.column, part.shape, part.kernel, part.layout, std::move(conv)});
@@ -103,7 +104,8 @@ std::unique_ptr<PreparedConv> prepare_input_gradient(const ConvShape& shape, con
   const auto transpose_class = [&](const AxisClass& h, const AxisClass& w) {
     OwnedWeights t;
     t.layout = std::make_shared<const TransposedWeights>(shape, weights, h.tap, w.tap);
-    t.layout->fill(weights, t, 1);
+    t.layout->fill(weights, t, weights.threads);
+    t.view.threads = weights.threads;
     return t;
   };
   return prepare_input_gradient(shape, transpose_class, grad_dtype, kernel);

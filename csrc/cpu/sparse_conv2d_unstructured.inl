@@ -190,34 +190,32 @@ void run_typed(const UnstructuredPart& part, const float* weights, const ConvCal
   const int64_t tile_floats = tile_planes * static_cast<int64_t>(sizeof(Plane)) / 4;
   const int64_t sum_floats = kMaxBlockFilters * kMaxSegment * kWide;
   const int64_t plane_rows = plan.planes.plane_count() * plan.planes.rows, blocks = plan.block_count();
-  // Too few tiles to keep every thread busy: they lay out all of them together, then share out the output channels too.
-  const bool together = call.threads > 1 && tiles < 4 * call.threads;
-  // Sums first, planes behind them.
-  float* const shared = together ? thread_scratch(sum_floats + tiles * tile_floats) : nullptr;
+  // Tiles that are too few for all threads are tasks of some blocks of output channels. Each thread lays such a tile out
+  // for itself: to fetch what another core has just written takes longer.
+  const int64_t left = tiles % call.threads, whole = tiles - left;
+  const int64_t parts = parts_of_left(left, call.threads, blocks);
+  int64_t taken = 0;
 #pragma omp parallel num_threads(call.threads)
   {
     PhaseClock clock(call);
-    if (together) {
-      float* const sums = omp_get_thread_num() == 0 ? shared : thread_scratch(sum_floats);
-      Plane* const planes = reinterpret_cast<Plane*>(shared + sum_floats);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < tiles * plane_rows; ++i)
-        load_planes<X>(plan, call, tile_at(i / plane_rows), i % plane_rows, i % plane_rows + 1,
-                       planes + i / plane_rows * tile_planes);
+    float* const sums = thread_scratch(sum_floats + tile_floats);
+    Plane* const planes = reinterpret_cast<Plane*>(sums + sum_floats);
+    // Each thread begins with the task of its number, as in the layer before, so that it finds in its cache what it wrote.
+    const int64_t team = omp_get_num_threads();
+    int64_t laid_out = -1, task = omp_get_thread_num();
+    while (task < whole + left * parts) {
+      const bool is_whole = task < whole;
+      const int64_t number = is_whole ? task : whole + (task - whole) / parts;
+      const int64_t part = is_whole ? 0 : (task - whole) % parts, shares = is_whole ? 1 : parts;
+      const Tile tile = tile_at(number);
+      if (number != laid_out) load_planes<X>(plan, call, tile, 0, plane_rows, planes);
+      laid_out = number;
       clock.ends(kLayout);
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t i = 0; i < tiles * blocks; ++i)
-        run_block<Y>(plan, weights, call, tile_at(i / blocks), i % blocks, planes + i / blocks * tile_planes, sums, clock);
-    } else {
-      float* const sums = thread_scratch(sum_floats + tile_floats);
-      Plane* const planes = reinterpret_cast<Plane*>(sums + sum_floats);
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t i = 0; i < tiles; ++i) {
-        load_planes<X>(plan, call, tile_at(i), 0, plane_rows, planes);
-        clock.ends(kLayout);
-        for (int64_t block = 0; block < blocks; ++block)
-          run_block<Y>(plan, weights, call, tile_at(i), block, planes, sums, clock);
-      }
+      for (int64_t block = blocks * part / shares; block < blocks * (part + 1) / shares; ++block)
+        run_block<Y>(plan, weights, call, tile, block, planes, sums, clock);
+#pragma omp atomic capture
+      task = taken++;
+      task += team;
     }
   }
 }

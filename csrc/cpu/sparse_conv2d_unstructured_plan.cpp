@@ -70,8 +70,29 @@ Lanes choose_lanes(const ConvShape& s, const UnstructuredVectors& v, int64_t ima
   return best;
 }
 
-// The tile of whole segments with the least halo whose planes fit the cache.
-Planes choose_tile(const ConvShape& s, const UnstructuredVectors& v, const Lanes& lanes, const Cut& cut) {
+// Blocks of output channels in a group.
+int64_t wanted_blocks(const ConvShape& s) { return ceil_div(s.K / s.groups, kMaxBlockFilters); }
+
+// Cycles that a tile costs, roughly: to lay out, and to multiply.
+struct TileCost {
+  double layout, products;
+};
+
+// Of all tiles on so many threads, as run_typed shares them out.
+double cost_of_tiles(int64_t tiles, const TileCost& tile, int64_t threads, int64_t blocks) {
+  const int64_t left = tiles % threads;
+  const double whole = static_cast<double>(tiles / threads) * (tile.layout + tile.products);
+  if (left == 0) return whole;
+  const int64_t parts = parts_of_left(left, threads, blocks);
+  return whole + static_cast<double>(ceil_div(left * parts, threads)) * (tile.layout + tile.products / static_cast<double>(parts));
+}
+
+// The tile of whole segments whose planes fit the cache that costs least: by its halo, and by what threads wait for one
+// another. A gradient is summed up by tiles, so that its tiles may not depend on the threads.
+Planes choose_tile(const ConvShape& s, const UnstructuredVectors& v, const Lanes& lanes, const Cut& cut, double entries,
+                   int64_t images, int64_t threads) {
+  // Of a vector, against one multiply-add.
+  constexpr double kLayoutCycles = 16;
   const int64_t channels = s.C / s.groups, most_bytes = static_cast<int64_t>(l2_cache_bytes() * kPlaneShare);
   const int64_t beside = v.has_gradient ? s.K / s.groups : 0;  // output channels that lie beside the planes
   int64_t best_p = std::min(cut.rows, lanes.patch_p), best_q = std::min(cut.cols, lanes.patch_q);
@@ -81,10 +102,14 @@ Planes choose_tile(const ConvShape& s, const UnstructuredVectors& v, const Lanes
       const int64_t tile_p = std::min(p, lanes.patch_p), tile_q = std::min(q, lanes.patch_q);
       const Planes planes(s, tile_p, tile_q);
       if ((planes.pixels() * channels + tile_p * tile_q * beside) * v.lanes * v.lane_bytes > most_bytes) break;
-      const double laid_out = static_cast<double>(planes.pixels() * ceil_div(lanes.patch_p, tile_p) *
-                                                  ceil_div(lanes.patch_q, tile_q));
-      if (laid_out < least) {
-        least = laid_out;
+      const int64_t tiles = ceil_div(lanes.patch_p, tile_p) * ceil_div(lanes.patch_q, tile_q);
+      const double laid_out = static_cast<double>(planes.pixels() * channels) * kLayoutCycles;
+      const TileCost cost{laid_out, static_cast<double>(tile_p * tile_q) * entries};
+      const double cycles = v.has_gradient ? static_cast<double>(tiles) * laid_out
+                                           : cost_of_tiles(tiles * s.groups * ceil_div(images, lanes.images), cost,
+                                                           threads, wanted_blocks(s));
+      if (cycles < least) {
+        least = cycles;
         best_p = tile_p;
         best_q = tile_q;
       }
@@ -104,7 +129,7 @@ std::vector<int64_t> make_blocks(const ConvShape& s, const SparseWeights& weight
   };
   int64_t total = 0;
   for (int64_t k = 0; k < filters; ++k) total += cost(k);
-  const int64_t wanted = ceil_div(filters, kMaxBlockFilters);
+  const int64_t wanted = wanted_blocks(s);
   int64_t sum = 0;
   for (int64_t k = 0; k < filters; ++k) {
     sum += cost(k);
@@ -175,10 +200,12 @@ void add_entries(UnstructuredPlan& plan, const SparseWeights& weights, int64_t c
   }
 }
 
-UnstructuredPlan make_plan(const ConvShape& s, const SparseWeights& weights, const UnstructuredVectors& v, const Lanes& lanes) {
-  const Cut cut = cut_patch(s, v, lanes.patch_p, lanes.patch_q, entries_per_group(s, weights));
-  UnstructuredPlan plan{s,  lanes, choose_tile(s, v, lanes, cut), cut.rows, cut.cols, 0, ceil_div(s.C / s.groups, cut.chunk),
-                        {}, {},    {},                            {}, {}};
+UnstructuredPlan make_plan(const ConvShape& s, const SparseWeights& weights, const UnstructuredVectors& v,
+                           const Lanes& lanes, int64_t images) {
+  const double entries = entries_per_group(s, weights);
+  const Cut cut = cut_patch(s, v, lanes.patch_p, lanes.patch_q, entries);
+  const Planes planes = choose_tile(s, v, lanes, cut, entries, images, weights.threads);
+  UnstructuredPlan plan{s, lanes, planes, cut.rows, cut.cols, 0, ceil_div(s.C / s.groups, cut.chunk), {}, {}, {}, {}, {}};
   // An odd number of cache lines, so that channels spread over the cache's sets.
   const int64_t line = 64 / v.lane_bytes;
   plan.channel_stride = (ceil_div(plan.planes.pixels() * v.lanes, line) | 1) * line;
@@ -193,9 +220,9 @@ std::vector<UnstructuredPart> make_unstructured_parts(const ConvShape& s, const 
                                                       const UnstructuredVectors& v) {
   const int64_t whole = s.N / v.lanes * v.lanes, rest = s.N - whole;
   std::vector<UnstructuredPart> parts;
-  if (whole > 0) parts.push_back({make_plan(s, weights, v, make_lanes(s, v.lanes, v.lanes)), 0, whole});
+  if (whole > 0) parts.push_back({make_plan(s, weights, v, make_lanes(s, v.lanes, v.lanes), whole), 0, whole});
   if (rest > 0)
-    parts.push_back({make_plan(s, weights, v, choose_lanes(s, v, rest, entries_per_group(s, weights))), whole, rest});
+    parts.push_back({make_plan(s, weights, v, choose_lanes(s, v, rest, entries_per_group(s, weights)), rest), whole, rest});
   return parts;
 }
 

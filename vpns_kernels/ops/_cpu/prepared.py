@@ -52,7 +52,12 @@ def describe(
     values = values.detach().contiguous()
     first, second = layout[0].contiguous(), layout[1].contiguous()
     weights = native.library().Weights(
-        values.data_ptr(), DTYPE_NAMES[values.dtype], first.data_ptr(), second.data_ptr(), list(values.shape)
+        values.data_ptr(),
+        DTYPE_NAMES[values.dtype],
+        first.data_ptr(),
+        second.data_ptr(),
+        list(values.shape),
+        torch.get_num_threads(),
     )
     return sizes, weights, (values, first, second)
 
