@@ -1,43 +1,62 @@
-"""Where do the README's numbers come from? From the JSON files in bench/results, by this script alone.
+"""Where do the numbers of the docs come from? From the JSON files in bench/results, by this script alone.
 
-python bench/readme.py           rewrite the README's table
-python bench/readme.py --check   exit 1 where the README says something else
+python -m bench.readme           rewrite the tables of README.md and docs/results.md
+python -m bench.readme --check   exit 1 where they say something else
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
+
+from bench.readme_experiments import find_experiments, render_experiments, render_prompts
+from bench.readme_source import link, where
 
 ROOT = Path(__file__).resolve().parents[1]
 DENSITIES = (0.2, 0.1, 0.05)
 # Pixels and batch of the training that is shown, and its density.
 TRAINED, TRAINED_DENSITY = (224, 32), 0.1
-README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
-SPEED, ACCURACY = (
-    ("<!-- speed:begin -->", "<!-- speed:end -->"),
-    ("<!-- accuracy:begin -->", "<!-- accuracy:end -->"),
-)
-EXPERIMENTS = ("arms", "exp1", "exp2", "exp3")
+RESULTS = ROOT / "bench" / "results"
 
 
 def main(arguments: Sequence[str]) -> int:
-    text = wanted = README.read_text()
-    for (begin, end), tables in ((SPEED, render()), (ACCURACY, render_experiments())):
-        head, rest = wanted.split(begin)
-        _, tail = rest.split(end)
-        wanted = f"{head}{begin}\n{tables}\n{end}{tail}"
-    if "--check" in arguments:
-        if wanted != text:
-            print("README.md differs from bench/results: run python bench/readme.py", file=sys.stderr)
-        return int(wanted != text)
-    README.write_text(wanted)
+    experiments = find_experiments(RESULTS)
+    brief = [path for path in experiments if path.name.startswith("arms-")]
+    parts = {
+        "README.md": {"speed": render(), "accuracy": render_experiments(brief)},
+        "docs/results.md": {
+            "experiments": render_experiments(experiments),
+            "prompts": render_prompts(RESULTS),
+        },
+    }
+    stale = []
+    for name, tables in parts.items():
+        path = ROOT / name
+        text = path.read_text()
+        wanted = replace_tables(text, tables, to_root="../" * name.count("/"))
+        if wanted == text:
+            continue
+        stale.append(name)
+        if "--check" not in arguments:
+            path.write_text(wanted)
+    if stale and "--check" in arguments:
+        print(f"{', '.join(stale)}: other than bench/results; run python -m bench.readme", file=sys.stderr)
+        return 1
     return 0
+
+
+def replace_tables(text: str, tables: Mapping[str, str], to_root: str) -> str:
+    """Put each table between its marks, links to the results as they are from the file's own folder."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        head, rest = text.split(begin)
+        _, tail = rest.split(end)
+        text = f"{head}{begin}\n{table.replace('](bench/', f']({to_root}bench/')}\n{end}{tail}"
+    return text
 
 
 def render() -> str:
@@ -50,65 +69,6 @@ def render() -> str:
     return "\n\n".join(parts)
 
 
-def render_experiments() -> str:
-    """What each experiment that was done asked, and found."""
-    paths = [path for name in EXPERIMENTS for path in sorted(RESULTS.glob(f"{name}-*.json"))]
-    return "\n\n".join(map(render_experiment, paths))
-
-
-def render_experiment(path: Path) -> str:
-    """Its question, and a row for each comparison."""
-    report = json.loads(path.read_text())
-    source = f"({_where(report['machine'])}; {_link(path)})"
-    lines = [
-        f"{report['question']} `vpns reproduce {report['experiment']}` {source}:",
-        "",
-        "| | difference in points (95 %) | p | pairs of runs | could be seen |",
-        "|---|---|---|---|---|",
-    ]
-    for test in report["tests"]:
-        # Arms are lettered.
-        first, second = (
-            re.sub(r"^([a-d])_", r"(\1) ", test[name]).replace("_", " ") for name in ("first", "second")
-        )
-        name = f"{second} against {first}{' (primary)' if test['is_primary'] else ''}"
-        points = f"{test['difference']:+.1f} ({test['low']:+.1f} to {test['high']:+.1f})"
-        numbers = f"{test['p_value']:.2g} | {test['pairs']} | {test['detectable']:.1f}"
-        lines.append(f"| {name} | {points} | {numbers} |")
-    costs = {"exp2": _frame_costs, "exp3": _channel_costs}.get(report["experiment"])
-    if costs is not None:
-        lines += ["", *costs(report["table"])]
-    return "\n".join(lines)
-
-
-def _frame_costs(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a wider frame costs."""
-    lines = [
-        "| frame | parameters | accuracy, % | ms per update | peak memory, MiB |",
-        "|---|---|---|---|---|",
-    ]
-    return lines + [
-        f"| {row['frame']} of {row['of_canvas']} px | {row['parameters']:,} | {row['accuracy']:.1f} | "
-        f"{row['ms_per_update']:.0f} | {row['peak_mib']:.0f} |"
-        for row in rows
-    ]
-
-
-def _channel_costs(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What multiply-adds promise, and what was measured."""
-    lines = [
-        "| channels | accuracy, % | multiply-adds left | promised | measured, over the best dense |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        left = row["operations"] / row["dense_operations"]
-        lines.append(
-            f"| {row['arm']} | {row['accuracy']:.1f} | {left:.0%} | {1 / left:.1f}x | {row['speedup']:.1f}x "
-            f"({row['sparse_ms']:.1f} ms) |"
-        )
-    return lines
-
-
 def render_layers(path: Path) -> str:
     """ResNet-18's 3x3 layers: one row per pattern and dtype, one column per density."""
     report = json.loads(path.read_text())
@@ -116,7 +76,7 @@ def render_layers(path: Path) -> str:
     rows = [r for r in rows if r["batch"] == 16 and r["density"] in DENSITIES and r.get("asked") != "auto"]
     lines = [
         "ResNet-18's 3x3 layers at 224 px, batch 16, against the best dense of float32 and bfloat16; "
-        f"geometric mean, and least to most ({_where(report['fingerprint'])}; {_link(path)}):",
+        f"geometric mean, and least to most ({where(report['fingerprint'])}; {link(path)}):",
         "",
         "| pattern | " + " | ".join(f"density {density:g}" for density in DENSITIES) + " |",
         "|---|" + "---|" * len(DENSITIES),
@@ -148,7 +108,7 @@ def render_networks(path: Path) -> str:
     name = f"{report['model']}, {report['pattern']} at density {report['density']:g}"
     lines = [
         f"`make demo`: {name}; accuracy {report['sparse_accuracy_prompted']:.1f} % with the prompt, dense "
-        f"{report['dense_accuracy']:.1f} % ({_where(report['machine'])}; {_link(path)}).",
+        f"{report['dense_accuracy']:.1f} % ({where(report['machine'])}; {link(path)}).",
         "",
         "| whole network | best dense | sparse | speed-up (95 %) |",
         "|---|---|---|---|",
@@ -169,7 +129,7 @@ def render_whole(path: Path) -> str:
     densities = sorted({cell["density"] for cell in cells}, reverse=True)
     lines = [
         "Whole networks with random masks, deployed, against the fastest dense engine (torch, torch.compile, "
-        f"ONNX Runtime, OpenVINO), by `vpns bench` ({_where(report['machine'])}; {_link(path)}, "
+        f"ONNX Runtime, OpenVINO), by `vpns bench` ({where(report['machine'])}; {link(path)}, "
         f"[plot](bench/results/{path.with_suffix('.svg').name})):",
         "",
         "| network | best dense | " + " | ".join(f"density {density:g}" for density in densities) + " |",
@@ -202,7 +162,7 @@ def render_memory(path: Path) -> str:
     return (
         f"Peak memory of {report['model']}, batch {report['batch']}, {report['size']} px, above that of the "
         f"imports, ours at block:32x32 and density 0.1: {taken} "
-        f"({_where(report['fingerprint'])}; {_link(path)})."
+        f"({where(report['fingerprint'])}; {link(path)})."
     )
 
 
@@ -214,7 +174,7 @@ def render_training(path: Path) -> str:
     lines = [
         f"Measured training: ResNet-18 at {TRAINED[0]} px, batch {TRAINED[1]}, density {TRAINED_DENSITY:g}, "
         "ms per iteration against the published scheme in torch; released search and tuning make two updates "
-        f"({_where(report['fingerprint'])}; {_link(path)}).",
+        f"({where(report['fingerprint'])}; {link(path)}).",
         "",
         "| iteration | ours | " + " | ".join(engines) + " | over the fastest (95 %) |",
         "|---|---|" + "---|" * (len(engines) + 1),
@@ -233,15 +193,6 @@ def render_training(path: Path) -> str:
             + f" | {ratio['median']:.1f}x ({ratio['low']:.1f} to {ratio['high']:.1f}) |"
         )
     return "\n".join(lines)
-
-
-def _link(path: Path) -> str:
-    return f"[{path.name}](bench/results/{path.name})"
-
-
-def _where(fingerprint: dict[str, Any]) -> str:
-    isa = fingerprint["isa"][-1].upper()
-    return f"{fingerprint['date']}, {fingerprint['cpu']}, {isa}, {fingerprint['threads']} threads"
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ def git(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_numbers_in_the_readme_are_those_of_the_results() -> None:
-    done = subprocess.run(
-        [sys.executable, "bench/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "bench.readme", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
