@@ -75,15 +75,14 @@ struct Tile {
   int64_t first_image, end_image, g, p0, q0;
 };
 
-// Rows [begin, end) of all planes of a tile, counted over the planes one after the other.
+// All planes of a tile, one after the other.
 template <typename X>
-void load_planes(const UnstructuredPlan& plan, const ConvCall& call, const Tile& tile, int64_t begin, int64_t end,
-                 Plane* to) {
+void load_planes(const UnstructuredPlan& plan, const ConvCall& call, const Tile& tile, Plane* to) {
   const ConvShape& s = plan.shape;
   const Lanes& lanes = plan.lanes;
   const Planes& planes = plan.planes;
   const int64_t channels = s.C / s.groups;
-  for (int64_t at = begin; at < end; ++at) {
+  for (int64_t at = 0; at < planes.plane_count() * planes.rows; ++at) {
     const int64_t plane = at / planes.rows, phases_w = static_cast<int64_t>(planes.w.phases.size());
     const int64_t phase_h = planes.h.phases[plane / phases_w], phase_w = planes.w.phases[plane % phases_w];
     const X* row[kWide];  // null: padding, or a lane without an image
@@ -189,7 +188,7 @@ void run_typed(const UnstructuredPart& part, const float* weights, const ConvCal
   const int64_t tile_planes = s.C / s.groups * plan.channel_stride;
   const int64_t tile_floats = tile_planes * static_cast<int64_t>(sizeof(Plane)) / 4;
   const int64_t sum_floats = kMaxBlockFilters * kMaxSegment * kWide;
-  const int64_t plane_rows = plan.planes.plane_count() * plan.planes.rows, blocks = plan.block_count();
+  const int64_t blocks = plan.block_count();
   // Tiles that are too few for all threads are tasks of some blocks of output channels. Each thread lays such a tile out
   // for itself: to fetch what another core has just written takes longer.
   const int64_t left = tiles % call.threads, whole = tiles - left;
@@ -208,7 +207,7 @@ void run_typed(const UnstructuredPart& part, const float* weights, const ConvCal
       const int64_t number = is_whole ? task : whole + (task - whole) / parts;
       const int64_t part = is_whole ? 0 : (task - whole) % parts, shares = is_whole ? 1 : parts;
       const Tile tile = tile_at(number);
-      if (number != laid_out) load_planes<X>(plan, call, tile, 0, plane_rows, planes);
+      if (number != laid_out) load_planes<X>(plan, call, tile, planes);
       laid_out = number;
       clock.ends(kLayout);
       for (int64_t block = blocks * part / shares; block < blocks * (part + 1) / shares; ++block)

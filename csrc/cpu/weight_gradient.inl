@@ -118,8 +118,8 @@ inline void weigh_singles(const BlockGradPlan& plan, const WeightGradCall& call,
 }
 
 // One call. Its tiles are cut into slices, which have sums of their own, added up in their order: so threads may take
-// slices of their own (nobody waits, and what a thread lays out it alone reads) or, where slices are few and sums are
-// large, share each tile and take spans of their own, with the same result.
+// slices of their own or, where slices are few and sums are large, spans of every slice, with the same result. Nobody
+// waits: what a thread lays out it alone reads, for to fetch what another core has just written takes longer.
 //
 // Products: what lays out the output's gradient and multiplies.
 template <typename Products, typename X>
@@ -161,33 +161,27 @@ class BlockGradRun {
     // Of the calling thread: what all read.
     float* const shared = thread_scratch(kept_floats + span_floats_ + tile_floats);
     std::vector<double> scores(sums_blocks_ ? slices_ * blocks_ : 0);
-    std::vector<int64_t> shared_base(plan_.tile_units * plan_.tile_p * plan_.tile_q);
 #pragma omp parallel num_threads(call_.threads)
     {
       const Products products(plan_, most_words_);
       const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
-      float* const own = part == 0 ? shared + kept_floats : thread_scratch(span_floats_ + (own_slices ? tile_floats : 0));
-      float* const laid_out = (own_slices ? own : shared + kept_floats) + span_floats_;
-      std::vector<int64_t> own_base(own_slices && part > 0 ? shared_base.size() : 0);
-      int64_t* const base = own_slices && part > 0 ? own_base.data() : shared_base.data();
-      Work work{laid_out, laid_out + grad_floats, base, own, nullptr, nullptr, false};
+      float* const own = part == 0 ? shared + kept_floats : thread_scratch(span_floats_ + tile_floats);
+      float* const laid_out = own + span_floats_;
+      std::vector<int64_t> base(plan_.tile_units * plan_.tile_p * plan_.tile_q);
+      Work work{laid_out, laid_out + grad_floats, base.data(), own, nullptr, nullptr, false};
+      const int64_t first_slice = own_slices ? slices_ * part / parts : 0;
       const int64_t end_slice = own_slices ? slices_ * (part + 1) / parts : slices_;
-      for (int64_t slice = own_slices ? slices_ * part / parts : 0; slice < end_slice; ++slice) {
+      const int64_t first_span = own_slices ? 0 : spans_ * part / parts;
+      const int64_t end_span = own_slices ? spans_ : spans_ * (part + 1) / parts;
+      for (int64_t slice = first_slice; slice < end_slice; ++slice) {
         if (sums_blocks_) work.scores = scores.data() + slice * blocks_;
         else work.kept = shared + slice * spans_ * span_floats_;
         const int64_t first = tiles_ * slice / slices_;
         for (int64_t number = first; number < tiles_ * (slice + 1) / slices_; ++number) {
           work.adds = number > first;
           const GradRange tile = range(number);
-          if (own_slices) {
-            lay_out(products, tile, work, 0, 1);
-            multiply(products, tile, work, 0, spans_);
-          } else {
-            lay_out(products, tile, work, part, parts);
-#pragma omp barrier
-            multiply(products, tile, work, spans_ * part / parts, spans_ * (part + 1) / parts);
-#pragma omp barrier
-          }
+          lay_out(products, tile, work);
+          multiply(products, tile, work, first_span, end_span);
         }
       }
 #pragma omp barrier
@@ -220,12 +214,11 @@ class BlockGradRun {
             p0, std::min(p0 + plan_.tile_p, s_.P), q0, std::min(q0 + plan_.tile_q, s_.Q)};
   }
 
-  // One of `parts` parts of a tile's planes and gradients.
-  void lay_out(const Products& products, const GradRange& tile, const Work& work, int64_t part, int64_t parts) const {
-    const int64_t x_rows = tile.units * plan_.rows, loads = products.loads(tile);
-    for (int64_t i = x_rows * part / parts; i < x_rows * (part + 1) / parts; ++i)
+  // A tile's planes and gradients.
+  void lay_out(const Products& products, const GradRange& tile, const Work& work) const {
+    for (int64_t i = 0; i < tile.units * plan_.rows; ++i)
       load_input_row<typename Products::Cell, X>(plan_, call_, tile, i / plan_.rows, i % plan_.rows, work.x);
-    for (int64_t i = loads * part / parts; i < loads * (part + 1) / parts; ++i)
+    for (int64_t i = 0; i < products.loads(tile); ++i)
       products.template load_gradient<X>(call_, tile, i, work.grad, work.base);
   }
 

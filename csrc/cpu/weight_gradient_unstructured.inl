@@ -161,43 +161,34 @@ void run_unstructured_grad(const UnstructuredGradPart& own, const WeightGradCall
   };
   const int64_t entries = static_cast<int64_t>(plan.offsets.size()), blocks = plan.block_count(), pieces = own.pieces;
   const int64_t plane_floats = s.C / s.groups * plan.channel_stride, dy_floats = s.K / s.groups * own.filter_stride;
-  const int64_t plane_rows = plan.planes.plane_count() * plan.planes.rows, rows = plane_rows + plan.planes.tile_p;
-  // Planes and dy of a tile, row by row.
-  const auto load_row_of = [&](int64_t tile, int64_t row, float* to) {
-    if (row < plane_rows) load_planes<X>(plan, source, tile_at(tile), row, row + 1, to);
-    else load_output_gradient<X>(own, call, tile_at(tile), row - plane_rows, to + plane_floats);
-  };
   std::vector<float> sums(pieces * entries, 0.0f);
-  // Too few tiles to keep every thread busy: they lay out all of them together, then share out the output channels too.
-  const bool together = call.threads > 1 && own.tiles < 4 * call.threads && blocks > 1;
-  const int64_t waiting_floats = kWaiting * kLanes, tile_floats = plane_floats + dy_floats;
-  float* const shared = together ? thread_scratch(waiting_floats + own.tiles * tile_floats) : nullptr;
+  // Pieces that are too few for all threads are tasks of some blocks of output channels, as in the forward pass.
+  const int64_t left = pieces % call.threads, whole = pieces - left, parts = parts_of_left(left, call.threads, blocks);
+  const int64_t waiting_floats = kWaiting * kLanes;
+  int64_t taken = 0;
 #pragma omp parallel num_threads(call.threads)
   {
-    if (together) {
-      float* const waiting = omp_get_thread_num() == 0 ? shared : thread_scratch(waiting_floats);
-      float* const laid_out = shared + waiting_floats;
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < own.tiles * rows; ++i) load_row_of(i / rows, i % rows, laid_out + i / rows * tile_floats);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < pieces * blocks; ++i) {
-        const int64_t piece = i % pieces, block = i / pieces;
-        for (int64_t tile = own.tiles * piece / pieces; tile < own.tiles * (piece + 1) / pieces; ++tile) {
-          const float* const planes = laid_out + tile * tile_floats;
-          add_tile(own, tile_at(tile), block, planes, planes + plane_floats, waiting, &sums[piece * entries]);
-        }
+    float* const waiting = thread_scratch(waiting_floats + plane_floats + dy_floats);
+    float* const planes = waiting + waiting_floats;
+    float* const dy = planes + plane_floats;
+    const int64_t team = omp_get_num_threads();
+    int64_t task = omp_get_thread_num();
+    while (task < whole + left * parts) {
+      const bool is_whole = task < whole;
+      const int64_t piece = is_whole ? task : whole + (task - whole) / parts;
+      const int64_t part = is_whole ? 0 : (task - whole) % parts, shares = is_whole ? 1 : parts;
+      for (int64_t number = own.tiles * piece / pieces; number < own.tiles * (piece + 1) / pieces; ++number) {
+        const Tile tile = tile_at(number);
+        load_planes<X>(plan, source, tile, planes);
+        for (int64_t row = 0; row < plan.planes.tile_p; ++row) load_output_gradient<X>(own, call, tile, row, dy);
+        for (int64_t block = blocks * part / shares; block < blocks * (part + 1) / shares; ++block)
+          add_tile(own, tile, block, planes, dy, waiting, &sums[piece * entries]);
       }
-    } else {
-      float* const waiting = thread_scratch(waiting_floats + tile_floats);
-      float* const planes = waiting + waiting_floats;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t piece = 0; piece < pieces; ++piece)
-        for (int64_t tile = own.tiles * piece / pieces; tile < own.tiles * (piece + 1) / pieces; ++tile) {
-          for (int64_t row = 0; row < rows; ++row) load_row_of(tile, row, planes);
-          for (int64_t block = 0; block < blocks; ++block)
-            add_tile(own, tile_at(tile), block, planes, planes + plane_floats, waiting, &sums[piece * entries]);
-        }
+#pragma omp atomic capture
+      task = taken++;
+      task += team;
     }
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < entries; ++i) {
       float total = is_first ? 0.0f : call.out[plan.from[i]];
