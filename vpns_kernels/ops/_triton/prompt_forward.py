@@ -18,7 +18,14 @@ from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._triton.launch import Launch
-from vpns_kernels.ops._triton.prompt_pixels import Pixels, load_pixels, outputs_at, outputs_from, taps_at
+from vpns_kernels.ops._triton.prompt_pixels import (
+    Filter,
+    Pixels,
+    load_pixels,
+    outputs_at,
+    outputs_from,
+    taps_at,
+)
 
 
 @dataclass(frozen=True)
@@ -46,20 +53,11 @@ def pick_tiles(geometry: ConvGeometry, source: str, dtype: torch.dtype) -> Tiles
 
 @triton.jit
 def prompt_conv2d_fwd(
-    image_ptr,
-    table_ptr,
-    prompt_ptr,
-    weight_ptr,  # [TAPS, K]
+    image,
+    weight_ptr,  # [taps, K]
     bias_ptr,  # [K], float32
     map_ptr,  # [P, Q, K], float32
     y_ptr,  # [N, P, Q, K]
-    height,
-    width,
-    frame,
-    stride_n,
-    stride_c,
-    stride_h,
-    stride_w,
     N,
     K,
     P,
@@ -67,47 +65,37 @@ def prompt_conv2d_fwd(
     HAS_BIAS: tl.constexpr,
     HAS_MAP: tl.constexpr,
     SOURCE: tl.constexpr,
-    TAPS: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
+    FILTER: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    TAPS: tl.constexpr = 3 * FILTER.R * FILTER.S
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    image, before = outputs_from(start, P, Q)
-    n, place, p, q = outputs_at(image, before + tl.arange(0, BLOCK_M), P, Q)
+    first_image, before = outputs_from(start, P, Q)
+    n, place, p, q = outputs_at(first_image, before + tl.arange(0, BLOCK_M), P, Q)
     # The first pixel of each output; beyond the last output it is far outside.
-    y0 = tl.where(n < N, p * STRIDE_H - PAD_H, -(1 << 30))
-    x0 = q * STRIDE_W - PAD_W
-    origins = n * stride_n + y0.to(tl.int64) * stride_h + x0.to(tl.int64) * stride_w
-    reach_h: tl.constexpr = (TAPS // (3 * S) - 1) * DIL_H
-    reach_w: tl.constexpr = (S - 1) * DIL_W
-    sees = (y0 + reach_h >= 0) & (y0 < height) & (x0 + reach_w >= 0) & (x0 < width)
+    y0 = tl.where(n < N, p * FILTER.stride_h - FILTER.pad_h, -(1 << 30))
+    x0 = q * FILTER.stride_w - FILTER.pad_w
+    origins = n * image.stride_n + y0.to(tl.int64) * image.stride_h + x0.to(tl.int64) * image.stride_w
+    reach_h: tl.constexpr = (FILTER.R - 1) * FILTER.dilation_h
+    reach_w: tl.constexpr = (FILTER.S - 1) * FILTER.dilation_w
+    sees = (y0 + reach_h >= 0) & (y0 < image.height) & (x0 + reach_w >= 0) & (x0 < image.width)
     end = TAPS * tl.max(sees.to(tl.int32), axis=0)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for first in range(0, end, BLOCK_T):
         offs_t = first + tl.arange(0, BLOCK_T)
-        down, right, c = taps_at(offs_t, S, DIL_H, DIL_W, TAPS)
-        steps = down.to(tl.int64) * stride_h + right.to(tl.int64) * stride_w + c.to(tl.int64) * stride_c
+        down, right, c = taps_at(offs_t, FILTER)
+        steps = down.to(tl.int64) * image.stride_h + right.to(tl.int64) * image.stride_w
+        steps += c.to(tl.int64) * image.stride_c
         pixels = load_pixels(
-            image_ptr,
-            table_ptr,
-            prompt_ptr,
+            image,
             origins[:, None] + steps[None, :],
             y0[:, None] + down[None, :],
             x0[:, None] + right[None, :],
             c[None, :],
-            height,
-            width,
-            frame,
             SOURCE,
         )
         mask_w = (offs_t < TAPS)[:, None] & (offs_k < K)[None, :]
@@ -118,7 +106,7 @@ def prompt_conv2d_fwd(
     if HAS_BIAS:
         offset += tl.load(bias_ptr + offs_k, mask=offs_k < K, other=0.0)[None, :]
     if HAS_MAP:
-        sees_more = (y0 < 0) | (y0 + reach_h >= height) | (x0 < 0) | (x0 + reach_w >= width)
+        sees_more = (y0 < 0) | (y0 + reach_h >= image.height) | (x0 < 0) | (x0 + reach_w >= image.width)
         places = place.to(tl.int64)[:, None] * K + offs_k[None, :]
         beyond = tl.load(map_ptr + places, mask=mask & sees_more[:, None], other=0.0)
         offset = tl.where(sees_more[:, None], beyond, offset)
@@ -148,14 +136,15 @@ def convolve(
     constants = {
         "HAS_BIAS": bias is not None,
         "HAS_MAP": frame_map is not None,
-        **pixels.constants(geometry),
+        "SOURCE": pixels.source,
+        "FILTER": Filter.of(geometry, pixels.ring),
         "PRECISION": precision,
         "BLOCK_M": tiles.block_m,
         "BLOCK_K": tiles.block_k,
         "BLOCK_T": tiles.block_t,
     }
     args = {
-        **pixels.args,
+        "image": pixels.argument,
         "weight_ptr": weight,
         "bias_ptr": weight if bias is None else bias,
         "map_ptr": weight if frame_map is None else frame_map,

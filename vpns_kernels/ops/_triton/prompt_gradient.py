@@ -18,7 +18,7 @@ from torch import Tensor
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._triton.columns import sum_rows
 from vpns_kernels.ops._triton.launch import Launch
-from vpns_kernels.ops._triton.prompt_pixels import Pixels, is_framed, unit
+from vpns_kernels.ops._triton.prompt_pixels import Filter, Pixels, is_framed, unit
 
 # Images that a program goes over at least, and groups of images at most.
 _IMAGES_PER_SPLIT = 4
@@ -53,7 +53,7 @@ def pick_tiles(geometry: ConvGeometry, images: int, width: int, dtype: torch.dty
 @triton.jit
 def prompt_conv2d_pgrad(
     grad_ptr,  # [N, P, Q, K]
-    image_ptr,
+    image,
     prompt_ptr,  # [3, H, W], float32; sigmoid of it where the images have the frame around them
     colours_ptr,  # [3, 2], float32: mean and std
     weight_ptr,  # [R, S, 3, K], of the gradient's type
@@ -61,32 +61,22 @@ def prompt_conv2d_pgrad(
     H,
     W,
     frame,
-    stride_n,
-    stride_c,
-    stride_h,
-    stride_w,
     N,
     K,
     P,
     Q,
     images_per_split,
     IS_RING: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
+    FILTER: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     y = tl.program_id(0)
-    remainder = tl.program_id(1) % STRIDE_W
+    remainder = tl.program_id(1) % FILTER.stride_w
     split = tl.program_id(2)
-    x = remainder + STRIDE_W * (tl.program_id(1) // STRIDE_W * BLOCK_X + tl.arange(0, BLOCK_X))
+    across = tl.program_id(1) // FILTER.stride_w * BLOCK_X + tl.arange(0, BLOCK_X)
+    x = remainder + FILTER.stride_w * across
     # The colours, in the least columns that a product has.
     c = tl.arange(0, 16)
     framed = (x < W) & is_framed(y + tl.zeros_like(x), x, H, W, frame)
@@ -99,19 +89,19 @@ def prompt_conv2d_pgrad(
     # A program without frame has no images to go over.
     end = tl.where(tl.max(framed.to(tl.int32), axis=0) > 0, tl.minimum(begin + images_per_split, N), begin)
     for n in range(begin, end):
-        image = n + tl.zeros((), tl.int64)
+        number = n + tl.zeros((), tl.int64)
         acc = tl.zeros((BLOCK_X, 16), tl.float32)
-        for r in range(R):
-            down = y + PAD_H - r * DIL_H
-            p = down // STRIDE_H
-            if (down >= 0) & (down % STRIDE_H == 0) & (p < P):
-                for s in range(S):
-                    if (remainder + PAD_W - s * DIL_W) % STRIDE_W == 0:
-                        right = x + PAD_W - s * DIL_W
-                        q = right // STRIDE_W
+        for r in range(FILTER.R):
+            down = y + FILTER.pad_h - r * FILTER.dilation_h
+            p = down // FILTER.stride_h
+            if (down >= 0) & (down % FILTER.stride_h == 0) & (p < P):
+                for s in range(FILTER.S):
+                    if (remainder + FILTER.pad_w - s * FILTER.dilation_w) % FILTER.stride_w == 0:
+                        right = x + FILTER.pad_w - s * FILTER.dilation_w
+                        q = right // FILTER.stride_w
                         mask_q = framed & (right >= 0) & (q < Q)
-                        outputs = ((image * P + p) * Q + q) * K
-                        filters = ((r * S + s) * 3 + c) * K
+                        outputs = ((number * P + p) * Q + q) * K
+                        filters = ((r * FILTER.S + s) * 3 + c) * K
                         for first in range(0, K, BLOCK_K):
                             offs_k = first + tl.arange(0, BLOCK_K)
                             mask_g = mask_q[:, None] & (offs_k < K)[None, :]
@@ -124,9 +114,9 @@ def prompt_conv2d_pgrad(
                             )
                             acc = tl.dot(grad, weight, acc, input_precision=PRECISION)
         if not IS_RING:
-            row = image * stride_n + y.to(tl.int64) * stride_h
-            pixels = row + c.to(tl.int64)[None, :] * stride_c + x.to(tl.int64)[:, None] * stride_w
-            value = unit(image_ptr, pixels, mask_p) + prompt
+            row = number * image.stride_n + y.to(tl.int64) * image.stride_h
+            of_colour, of_column = c.to(tl.int64) * image.stride_c, x.to(tl.int64) * image.stride_w
+            value = unit(image.ptr, row + of_colour[None, :] + of_column[:, None], mask_p) + prompt
             # At its edges the clamp passes the gradient, as torch's does.
             acc = tl.where((value >= 0) & (value <= 1), acc, 0.0)
         total += acc
@@ -159,10 +149,9 @@ def prompt_gradient(
     N, K, P, Q = grad.shape
     tiles = pick_tiles(g, N, W, grad.dtype)
     sums = torch.empty((tiles.splits, 3 * H * W), dtype=torch.float32, device=grad.device)
-    stride_n, stride_c, stride_h, stride_w = images.images.stride()
     args = {
         "grad_ptr": grad,
-        "image_ptr": images.images,
+        "image": images.argument,
         "prompt_ptr": prompt,
         "colours_ptr": colours,
         "weight_ptr": weight,
@@ -170,10 +159,6 @@ def prompt_gradient(
         "H": H,
         "W": W,
         "frame": frame,
-        "stride_n": stride_n,
-        "stride_c": stride_c,
-        "stride_h": stride_h,
-        "stride_w": stride_w,
         "N": N,
         "K": K,
         "P": P,
@@ -182,14 +167,7 @@ def prompt_gradient(
     }
     constants = {
         "IS_RING": images.source != "prompted",
-        "R": g.kernel_size[0],
-        "S": g.kernel_size[1],
-        "STRIDE_H": g.stride[0],
-        "STRIDE_W": g.stride[1],
-        "PAD_H": g.padding[0],
-        "PAD_W": g.padding[1],
-        "DIL_H": g.dilation[0],
-        "DIL_W": g.dilation[1],
+        "FILTER": Filter.of(g),
         "PRECISION": precision,
         "BLOCK_X": tiles.block_x,
         "BLOCK_K": tiles.block_k,

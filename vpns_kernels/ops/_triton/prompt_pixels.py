@@ -15,12 +15,46 @@ and of a frame, one for all images, with zeros in it: to the first the frame is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry, Pair
+
+
+class Image(NamedTuple):
+    """Images [N, 3, height, width] as one argument of a kernel; strides in entries."""
+
+    ptr: Tensor
+    table_ptr: Tensor
+    prompt_ptr: Tensor
+    height: int
+    width: int
+    frame: int
+    stride_n: int
+    stride_c: int
+    stride_h: int
+    stride_w: int
+
+
+class Filter(NamedTuple):
+    """A convolution's sizes as one constant of a kernel; what lies around the images is padding too."""
+
+    R: int
+    S: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+
+    @classmethod
+    def of(cls, geometry: ConvGeometry, ring: int = 0) -> Filter:
+        g = geometry
+        return cls(*g.kernel_size, *g.stride, g.padding[0] + ring, g.padding[1] + ring, *g.dilation)
 
 
 @dataclass(frozen=True)
@@ -41,34 +75,11 @@ class Pixels:
         return height + 2 * self.ring, width + 2 * self.ring
 
     @property
-    def args(self) -> dict[str, Tensor | int]:
-        stride_n, stride_c, stride_h, stride_w = self.images.stride()
-        return {
-            "image_ptr": self.images,
-            "table_ptr": self.table,
-            "prompt_ptr": self.table if self.prompt is None else self.prompt,
-            "height": self.images.shape[2],
-            "width": self.images.shape[3],
-            "frame": self.frame,
-            "stride_n": stride_n,
-            "stride_c": stride_c,
-            "stride_h": stride_h,
-            "stride_w": stride_w,
-        }
-
-    def constants(self, geometry: ConvGeometry) -> dict[str, int | str]:
-        g = geometry
-        return {
-            "SOURCE": self.source,
-            "TAPS": 3 * g.kernel_size[0] * g.kernel_size[1],
-            "S": g.kernel_size[1],
-            "STRIDE_H": g.stride[0],
-            "STRIDE_W": g.stride[1],
-            "PAD_H": g.padding[0] + self.ring,
-            "PAD_W": g.padding[1] + self.ring,
-            "DIL_H": g.dilation[0],
-            "DIL_W": g.dilation[1],
-        }
+    def argument(self) -> Image:
+        """What kernels take."""
+        prompt = self.table if self.prompt is None else self.prompt
+        height, width = self.images.shape[2:]
+        return Image(self.images, self.table, prompt, height, width, self.frame, *self.images.stride())
 
 
 @triton.jit
@@ -86,10 +97,11 @@ def outputs_at(image, places, P, Q):
 
 
 @triton.jit
-def taps_at(offs_t, S: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, TAPS: tl.constexpr):
+def taps_at(offs_t, FILTER: tl.constexpr):
     """Rows and columns from an output's first pixel, and colour, of the taps; what is no tap is far away."""
-    down = tl.where(offs_t < TAPS, offs_t // (3 * S) * DIL_H, 1 << 29)
-    return down, offs_t // 3 % S * DIL_W, offs_t % 3
+    row = offs_t // (3 * FILTER.S)
+    down = tl.where(row < FILTER.R, row * FILTER.dilation_h, 1 << 29)
+    return down, offs_t // 3 % FILTER.S * FILTER.dilation_w, offs_t % 3
 
 
 @triton.jit
@@ -116,22 +128,21 @@ def is_framed(y, x, height, width, frame):
 
 
 @triton.jit
-def load_pixels(
-    image_ptr, table_ptr, prompt_ptr, places, y, x, c, height, width, frame, SOURCE: tl.constexpr
-):
+def load_pixels(image, places, y, x, c, SOURCE: tl.constexpr):
     """The canvas at rows y, columns x and colours c (they make a tile), found at places; else zero."""
-    mask = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    mask = (y >= 0) & (y < image.height) & (x >= 0) & (x < image.width)
     if SOURCE == "canvas":
-        found = tl.load(image_ptr + places, mask=mask, other=0.0)
+        found = tl.load(image.ptr + places, mask=mask, other=0.0)
     elif SOURCE == "levels":
-        byte = tl.load(image_ptr + places, mask=mask, other=0).to(tl.int32)
-        found = tl.load(table_ptr + (c * 256 + byte), mask=mask, other=0.0)
+        byte = tl.load(image.ptr + places, mask=mask, other=0).to(tl.int32)
+        found = tl.load(image.table_ptr + (c * 256 + byte), mask=mask, other=0.0)
     else:
-        value = unit(image_ptr, places, mask)
-        mean, std = tl.load(table_ptr + 2 * c), tl.load(table_ptr + 2 * c + 1)
+        value = unit(image.ptr, places, mask)
+        mean, std = tl.load(image.table_ptr + 2 * c), tl.load(image.table_ptr + 2 * c + 1)
         if SOURCE == "prompted":
-            has_prompt = mask & is_framed(y, x, height, width, frame)
-            value += tl.load(prompt_ptr + (c * height + y) * width + x, mask=has_prompt, other=0.0)
+            has_prompt = mask & is_framed(y, x, image.height, image.width, image.frame)
+            at_prompt = (c * image.height + y) * image.width + x
+            value += tl.load(image.prompt_ptr + at_prompt, mask=has_prompt, other=0.0)
             # Comparisons, not a maximum: NaN stays NaN.
             value = tl.where(value < 0, 0.0, tl.where(value > 1, 1.0, value))
             found = quotient(value - mean, std)

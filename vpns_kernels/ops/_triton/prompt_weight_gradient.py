@@ -18,7 +18,14 @@ from torch import Tensor
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._triton.columns import sum_rows
 from vpns_kernels.ops._triton.launch import Launch
-from vpns_kernels.ops._triton.prompt_pixels import Pixels, load_pixels, outputs_at, outputs_from, taps_at
+from vpns_kernels.ops._triton.prompt_pixels import (
+    Filter,
+    Pixels,
+    load_pixels,
+    outputs_at,
+    outputs_from,
+    taps_at,
+)
 
 # Programs that fill the largest GPU, and steps below which a program is not worth its start.
 _PROGRAMS = 512
@@ -56,65 +63,46 @@ def pick_tiles(geometry: ConvGeometry, outputs: int, dtype: torch.dtype) -> Tile
 
 @triton.jit
 def prompt_conv2d_wgrad(
-    image_ptr,
-    table_ptr,
-    prompt_ptr,
+    image,
     grad_ptr,  # [N, P, Q, K]
-    sums_ptr,  # [splits, TAPS, K], float32
-    height,
-    width,
-    frame,
-    stride_n,
-    stride_c,
-    stride_h,
-    stride_w,
+    sums_ptr,  # [splits, taps, K], float32
     N,
     K,
     P,
     Q,
     outputs_per_split,
     SOURCE: tl.constexpr,
-    TAPS: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
+    FILTER: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    TAPS: tl.constexpr = 3 * FILTER.R * FILTER.S
     split = tl.program_id(2).to(tl.int64)
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    down, right, c = taps_at(offs_t, S, DIL_H, DIL_W, TAPS)
-    steps = down.to(tl.int64) * stride_h + right.to(tl.int64) * stride_w + c.to(tl.int64) * stride_c
+    down, right, c = taps_at(offs_t, FILTER)
+    steps = down.to(tl.int64) * image.stride_h + right.to(tl.int64) * image.stride_w
+    steps += c.to(tl.int64) * image.stride_c
     outputs = N * (P * Q) + tl.zeros((), tl.int64)
     begin = split * outputs_per_split
     count = tl.minimum(outputs - begin, outputs_per_split).to(tl.int32)
-    image, before = outputs_from(begin, P, Q)
+    first_image, before = outputs_from(begin, P, Q)
     acc = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     for step in range(0, count, BLOCK_M):
         offs_m = step + tl.arange(0, BLOCK_M)
-        n, _, p, q = outputs_at(image, before + offs_m, P, Q)
+        n, _, p, q = outputs_at(first_image, before + offs_m, P, Q)
         # The first pixel of each output; beyond the last output it is far outside.
-        y0 = tl.where(n < N, p * STRIDE_H - PAD_H, -(1 << 30))
-        x0 = q * STRIDE_W - PAD_W
-        origins = n * stride_n + y0.to(tl.int64) * stride_h + x0.to(tl.int64) * stride_w
+        y0 = tl.where(n < N, p * FILTER.stride_h - FILTER.pad_h, -(1 << 30))
+        x0 = q * FILTER.stride_w - FILTER.pad_w
+        origins = n * image.stride_n + y0.to(tl.int64) * image.stride_h + x0.to(tl.int64) * image.stride_w
         pixels = load_pixels(
-            image_ptr,
-            table_ptr,
-            prompt_ptr,
+            image,
             steps[:, None] + origins[None, :],
             down[:, None] + y0[None, :],
             right[:, None] + x0[None, :],
             c[:, None],
-            height,
-            width,
-            frame,
             SOURCE,
         )
         # A split ends with a tile, or with the outputs.
@@ -148,14 +136,15 @@ def _sum_products(
 ) -> None:
     N, K, P, Q = grad.shape
     constants = {
-        **pixels.constants(geometry),
+        "SOURCE": pixels.source,
+        "FILTER": Filter.of(geometry, pixels.ring),
         "PRECISION": precision,
         "BLOCK_M": tiles.block_m,
         "BLOCK_K": tiles.block_k,
         "BLOCK_T": tiles.block_t,
     }
     args = {
-        **pixels.args,
+        "image": pixels.argument,
         "grad_ptr": grad,
         "sums_ptr": sums,
         "N": N,
@@ -164,6 +153,6 @@ def _sum_products(
         "Q": Q,
         "outputs_per_split": tiles.outputs_per_split,
     }
-    taps = int(constants["TAPS"])
+    taps = 3 * geometry.kernel_size[0] * geometry.kernel_size[1]
     grid = (triton.cdiv(taps, tiles.block_t), triton.cdiv(K, tiles.block_k), tiles.splits)
     Launch(prompt_conv2d_wgrad, grid, args, constants, tiles.warps, tiles.stages).run()
