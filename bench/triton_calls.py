@@ -34,7 +34,7 @@ DTYPES = {
 HALVES = ("bfloat16", "float16")
 PATTERNS = ("block:64x64", "block:32x32", "channel")
 # Convolutions: their products belong on tensor cores.
-MAIN = ("sparse_conv2d", "sparse_conv2d_fused", "masked_conv2d", "prompt_conv2d")
+MAIN = ("sparse_conv2d", "sparse_conv2d_fused", "masked_conv2d", "kept_conv2d", "prompt_conv2d")
 DENSITY, FRAME = 0.1, 16
 Request = tuple[str, str, tuple[Any, ...], str | None]
 
@@ -160,6 +160,19 @@ def _masked(layer: Layer, dtype: str, pattern: str, batch: int) -> Iterator[Requ
         yield name, method, given, _refusal("masked_conv2d", args, question)
 
 
+def _kept(layer: Layer, dtype: str, pattern: str, batch: int) -> Iterator[Request]:
+    if layer.is_linear:
+        return
+    x, y = _activations(layer, dtype, batch)
+    weight = torch.zeros(layer.geometry.weight_shape)
+    output_mask, input_mask = (_draw((count,)) for count in weight.shape[:2])
+    args = (x, weight, None, input_mask, output_mask, *_sizes(layer))
+    refusal = _refusal("kept_conv2d", args)
+    yield "forward", "run", args, refusal
+    given = (y, weight, output_mask, x.shape, *_sizes(layer))
+    yield "input gradient", "run_input_gradient", given, refusal
+
+
 def _prompt(layer: Layer, dtype: str, pattern: str, batch: int) -> Iterator[Request]:
     """A layer whose input is a canvas: of an image with a frame around it, or with a prompt upon it."""
     g = layer.geometry
@@ -222,6 +235,7 @@ _REQUESTS: dict[str, Callable[[Layer, str, str, int], Iterator[Request]]] = {
     "sparse_conv2d": _sparse,
     "sparse_conv2d_fused": _sparse_fused,
     "masked_conv2d": _masked,
+    "kept_conv2d": _kept,
     "prompt_conv2d": _prompt,
     "batch_norm_act": _batch_norm,
     "channel_mask": _channel_mask,

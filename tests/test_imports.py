@@ -23,7 +23,7 @@ KERNEL_ROOMS = [
     ("vpns_kernels.channel_flow",),
     (
         "vpns_kernels.batch_norms",
-        "vpns_kernels.kept_inputs",
+        "vpns_kernels.kept_channels",
         "vpns_kernels.convert",
         "vpns_kernels.explain",
         "vpns_kernels.fusing",

@@ -24,8 +24,9 @@ from vpns_kernels.choose_training import choose_training
 from vpns_kernels.cost import LayerQuery
 from vpns_kernels.formats import why_not
 from vpns_kernels.geometry import ConvGeometry
-from vpns_kernels.kept_inputs import read_kept_inputs
+from vpns_kernels.kept_channels import skip_masked_channels
 from vpns_kernels.modules import ChannelMask, MaskedConv2d, MaskedLinear
+from vpns_kernels.ops.kept_conv2d import MOST_KEPT
 from vpns_kernels.patterns import NM, Block, Unstructured
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
 from vpns_kernels.tracing import trace
@@ -53,17 +54,23 @@ class FusedPredictor(Predictor):
         return logits
 
 
-def fuse_predictor(predictor: Predictor) -> tuple[Predictor, dict[str, Any]]:
-    """A predictor over the same tensors that does more in each pass, and what was done, for the record."""
+def fuse_predictor(predictor: Predictor, density: float = 0.0) -> tuple[Predictor, dict[str, Any]]:
+    """A predictor over the same tensors that does more in each pass, and what was done, for the record.
+
+    Args:
+        density: of what the masks keep. A GPU, which nobody asks for their counts, leaves masked channels out
+            only where few are kept.
+    """
     twin = trace(predictor.network)
     if twin is None:
         why_not = "torch.fx cannot trace the network"
-        return predictor, dict.fromkeys(("prompted_stem", "batch_norms", "kept_inputs"), why_not)
+        return predictor, dict.fromkeys(("prompted_stem", "batch_norms", "kept_channels"), why_not)
     norms = fuse_batch_norms(twin)
     why_not = fuse_stem(twin, predictor.prompt)
-    kept = read_kept_inputs(twin)
+    is_worth_it = density <= MOST_KEPT or next(twin.parameters()).device.type == "cpu"
+    kept = skip_masked_channels(twin) if is_worth_it else f"more than {MOST_KEPT:g} of all channels stay"
     fused = FusedPredictor(predictor, twin, is_composing=not why_not)
-    return fused, {"prompted_stem": why_not or "fused", "batch_norms": norms, "kept_inputs": kept}
+    return fused, {"prompted_stem": why_not or "fused", "batch_norms": norms, "kept_channels": kept}
 
 
 def choose_backends(predictor: Predictor, images: Tensor) -> dict[str, Any]:

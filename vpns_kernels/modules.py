@@ -48,7 +48,7 @@ def copy_attributes(layer: nn.Module, twin: nn.Module) -> None:
     twin.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in tensors})
 
 
-def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """Contiguous where x is and nothing else, as torch's layers hand on what they get; else y itself."""
     is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return y.contiguous() if x.is_contiguous() and not is_last else y
@@ -109,7 +109,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         )
         mask, scores, bias = self.mask, self.scores, self.bias
         y = masked_conv2d(x, self.weight, mask, scores, geometry, self.pattern, bias, self.backends)
-        return _in_format_of(input, y)
+        return in_format_of(input, y)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Pair]:
         """The input, and the zeros that are yet to be put around it."""
@@ -142,7 +142,7 @@ class ChannelMask(nn.Module):
         self.register_buffer("mask", torch.ones(channels, dtype=torch.bool, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _in_format_of(x, channel_mask(x, self.scores, self.mask, self.backend))
+        return in_format_of(x, channel_mask(x, self.scores, self.mask, self.backend))
 
 
 MaskModule = MaskedConv2d | MaskedLinear | ChannelMask

@@ -43,6 +43,14 @@ LIBRARY.define(
     "int[2] stride, int[2] padding, int[2] dilation, int groups, bool[2] wants, str[] backends) "
     "-> (Tensor grad_x, Tensor grad_scores)"
 )
+LIBRARY.define(
+    "kept_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor input_mask, Tensor? output_mask, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, str backend) -> Tensor"
+)
+LIBRARY.define(
+    "kept_conv2d_backward(Tensor grad, Tensor weight, Tensor? output_mask, SymInt[4] x_shape, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, str backend) -> Tensor"
+)
 LIBRARY.define("channel_mask(Tensor x, Tensor scores, Tensor mask, str backend) -> Tensor")
 LIBRARY.define(
     "channel_mask_backward(Tensor grad, Tensor x, Tensor scores, Tensor mask, bool[2] wants, str backend) "
@@ -143,6 +151,29 @@ def _masked_conv2d_backward(
 ) -> tuple[Tensor, Tensor]:
     *_, wants, _ = rest
     return _empty_gradients(x, scores, wants)
+
+
+@torch.library.register_fake("vpns::kept_conv2d", lib=LIBRARY)
+def _kept_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_mask: Tensor,
+    output_mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    backend: str,
+) -> Tensor:
+    return _empty_output(x, _geometry(weight.shape, stride, padding, dilation, groups), x.dtype)
+
+
+@torch.library.register_fake("vpns::kept_conv2d_backward", lib=LIBRARY)
+def _kept_conv2d_backward(
+    grad: Tensor, weight: Tensor, output_mask: Tensor | None, x_shape: Sequence[int], *rest: Any
+) -> Tensor:
+    return _empty_activation(grad.new_empty(x_shape))
 
 
 @torch.library.register_fake("vpns::channel_mask", lib=LIBRARY)

@@ -17,6 +17,7 @@ from vpns_kernels.ops.registry import Op
 LEARNED = {
     "sparse_conv2d": ("x", "values", "bias"),
     "masked_conv2d": ("x", "scores", "bias"),
+    "kept_conv2d": ("x", "bias"),
     "channel_mask": ("x", "scores"),
     "batch_norm_act": ("x", "weight", "bias", "residual"),
     "prompt_conv2d": ("prompt", "weight", "bias"),

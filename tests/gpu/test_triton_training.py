@@ -17,7 +17,7 @@ from vpns.predictor import Predictor
 from vpns.prompt import build_prompt
 from vpns.step import Learner, train_step
 from vpns_kernels.convert import freeze, mask_modules, sparsify, weight_masks
-from vpns_kernels.patterns import parse_pattern
+from vpns_kernels.patterns import Pattern, parse_pattern
 
 PATTERN, DENSITY, CLASSES = parse_pattern("block:16x16"), 0.4, 4
 
@@ -38,14 +38,14 @@ class Small(nn.Module):
         return logits
 
 
-def make_predictor(stage: str, device: torch.device) -> Predictor:
+def make_predictor(stage: str, device: torch.device, pattern: Pattern = PATTERN) -> Predictor:
     """As search or tune begins."""
     torch.manual_seed(0)
     network: nn.Module = Small()
-    network = attach_masks(network, PATTERN, unit_scores(network, PATTERN, torch.abs))
-    refresh(network, PATTERN, DENSITY, "exact")
+    network = attach_masks(network, pattern, unit_scores(network, pattern, torch.abs))
+    refresh(network, pattern, DENSITY, "exact")
     if stage == "tune":
-        network = sparsify(freeze(network), weight_masks(network), PATTERN).requires_grad_(True)
+        network = sparsify(freeze(network), weight_masks(network), pattern).requires_grad_(True)
     prompt = build_prompt(PromptConfig(canvas=10, frame=1))
     assert prompt.raw is not None
     nn.init.normal_(prompt.raw)

@@ -24,6 +24,7 @@ from tests.gpu.test_triton_training import DENSITY, PATTERN, make_predictor
 from tests.kernels import networks
 from tests.kernels.test_contract import (
     can_run,
+    kept_conv2d_inputs,
     masked_conv2d_inputs,
     sparse_conv2d_fused_inputs,
     sparse_conv2d_inputs,
@@ -52,6 +53,7 @@ from vpns_kernels.ops._triton import (
 from vpns_kernels.ops._triton import chunks as chunk_tables
 from vpns_kernels.ops._triton.launch import Launch, recorded
 from vpns_kernels.ops.prompt_conv2d import MEAN, STD
+from vpns_kernels.patterns import parse_pattern
 
 NAME, DEVICE = "nowhere", "nowhere:0"
 # One for all: what kernels keep from call to call must not come from another.
@@ -104,6 +106,12 @@ def try_training() -> dict[str, list[str]]:
             if stage == "search":
                 chosen = refresh(fused.network, PATTERN, DENSITY, "exact")
                 found["refresh"] = sorted({str(mask.device) for mask in chosen.masks})
+    predictor = make_predictor("search", torch.device("cpu"), parse_pattern("channel"))
+    with _MODE, recorded(lambda launch: None):
+        move(predictor)
+        fused, done = fuse_predictor(predictor)
+        assert done["kept_channels"] == ["conv2", "shortcut"]
+        found["search channels"] = pass_through(fused)
     return found
 
 
@@ -204,6 +212,12 @@ def _masked_conv2d(module: Any, args: dict[str, Any]) -> None:
     module.run_score_gradient(*back)
 
 
+def _kept_conv2d(module: Any, args: dict[str, Any]) -> None:
+    x, weight, bias, input_mask, output_mask, *sizes = kept_conv2d_inputs(args)
+    grad = torch.empty_like(module.run(x, weight, bias, input_mask, output_mask, *sizes))
+    module.run_input_gradient(grad, weight, output_mask, x.shape, *sizes)
+
+
 def _channel_mask(module: Any, args: dict[str, Any]) -> None:
     inputs = args["x"], args["scores"], args["mask"]
     module.run_backward(torch.empty_like(module.run(*inputs)), *inputs, (True, True))
@@ -226,6 +240,7 @@ def _prompt_conv2d(module: Any, args: dict[str, Any]) -> None:
 
 _RUNS: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "masked_conv2d": _masked_conv2d,
+    "kept_conv2d": _kept_conv2d,
     "channel_mask": _channel_mask,
     "batch_norm_act": _batch_norm_act,
     "prompt_conv2d": _prompt_conv2d,

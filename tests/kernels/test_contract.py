@@ -106,10 +106,21 @@ def check_masked_conv2d(args: dict[str, Any], y: Any) -> None:
     assert min(conv_excess(y, x, weight, bias, args["geometry"]) for bias in biases) <= 1
 
 
+def check_kept_conv2d(args: dict[str, Any], y: Any) -> None:
+    """Within the error bound of the weight as it is rounded to x's dtype, channels_last."""
+    x, weight, bias = args["x"], args["weight"].to(args["x"].dtype), args["bias"]
+    assert y.dtype == x.dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    # Torch rounds the bias too.
+    biases = {None} if bias is None else {bias, bias.to(x.dtype)}
+    assert min(conv_excess(y, x, weight, bias, args["geometry"]) for bias in biases) <= 1
+
+
 CHECKS: dict[str, Callable[[dict[str, Any], Any], None]] = {
     "batch_norm_act": check_batch_norm_act,
     "prompt_conv2d": check_prompt_conv2d,
     "channel_mask": check_channel_mask,
+    "kept_conv2d": check_kept_conv2d,
     "masked_conv2d": check_masked_conv2d,
     "select_threshold": check_select_threshold,
     "sparse_conv2d": check_sparse_conv2d,
@@ -131,6 +142,12 @@ def masked_conv2d_inputs(args: dict[str, Any]) -> tuple[Any, ...]:
     """The schema's arguments without the backends."""
     g, tensors = args["geometry"], (args[name] for name in ("x", "weight", "mask", "scores", "bias"))
     return (*tensors, args["pattern"].spec, g.stride, g.padding, g.dilation, g.groups)
+
+
+def kept_conv2d_inputs(args: dict[str, Any]) -> tuple[Any, ...]:
+    """The schema's arguments without the backend."""
+    g, names = args["geometry"], ("x", "weight", "bias", "input_mask", "output_mask")
+    return (*(args[name] for name in names), g.stride, g.padding, g.dilation, g.groups)
 
 
 def sparse_conv2d_inputs(args: dict[str, Any]) -> tuple[Any, ...]:
@@ -162,6 +179,7 @@ def can_run(op: Any, args: dict[str, Any], backend: str) -> bool:
             args["dtype"],
         ),
         "channel_mask": lambda: (args["x"], args["scores"], args["mask"]),
+        "kept_conv2d": lambda: kept_conv2d_inputs(args),
         "masked_conv2d": lambda: masked_conv2d_inputs(args),
         "select_threshold": lambda: (args["scores"], 1),
         "sparse_conv2d": lambda: sparse_conv2d_inputs(args),

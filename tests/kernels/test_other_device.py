@@ -16,7 +16,11 @@ from bench.triton_calls import ops_with_triton
 from tests.kernels import networks
 
 ROOT = Path(__file__).resolve().parents[2]
-PASSES = ("search triton", "search reference", "tune triton", "tune reference", "refresh")
+PASSES = (
+    *(f"{stage} {name}" for stage in ("search", "tune") for name in ("triton", "reference")),
+    "search channels",
+    "refresh",
+)
 
 
 @cache

@@ -76,7 +76,7 @@ def test_logits_gradients_and_statistics_are_those_of_the_plain_predictor(
     fused, done = fuse_predictor(copy.deepcopy(plain))
     assert isinstance(fused, FusedPredictor)
     kept = ["conv2"] if (spec, stage) == ("channel", "search") else []
-    assert done == {"prompted_stem": "fused", "batch_norms": ["bn1", "bn2"], "kept_inputs": kept}
+    assert done == {"prompted_stem": "fused", "batch_norms": ["bn1", "bn2"], "kept_channels": kept}
     images = torch.rand(4, 3, plain.prompt.image_size, plain.prompt.image_size, dtype=torch.float64)
     for prompted in (True, False):
         expected, found = learn(plain, images, prompted), learn(fused, images, prompted)
@@ -186,7 +186,11 @@ def test_a_run_leaves_what_was_fused_and_chosen_in_its_folder(tiny_task: ModuleT
     execute(tmp_path, tiny_task.make_config(), "tune")
     for stage in STAGES:
         choice = read_json(tmp_path / stage / "choice.json")
-        assert choice["fused"] == {"prompted_stem": "fused", "batch_norms": ["bn1", "bn2"], "kept_inputs": []}
+        assert choice["fused"] == {
+            "prompted_stem": "fused",
+            "batch_norms": ["bn1", "bn2"],
+            "kept_channels": [],
+        }
         assert list(choice["layers"]) == ["conv1", "conv2", "fc"]
 
 

@@ -66,7 +66,7 @@ def make_predictor(
     if backend == "reference":
         set_backends(network, "reference")
         return predictor
-    fused, done = fuse_predictor(predictor)
+    fused, done = fuse_predictor(predictor, config.density)
     path = context.stage_folder(stage) / "choice.json"
     if not path.exists():
         settings = config.search if stage == "search" else config.tune

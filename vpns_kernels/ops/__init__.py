@@ -2,6 +2,7 @@
 
 from vpns_kernels.ops.batch_norm_act import batch_norm_act
 from vpns_kernels.ops.channel_mask import channel_mask
+from vpns_kernels.ops.kept_conv2d import kept_conv2d
 from vpns_kernels.ops.masked_conv2d import masked_conv2d, masked_linear
 from vpns_kernels.ops.prompt_conv2d import prompt_conv2d
 from vpns_kernels.ops.registry import OPS, Op
@@ -14,6 +15,7 @@ __all__ = [
     "Op",
     "batch_norm_act",
     "channel_mask",
+    "kept_conv2d",
     "masked_conv2d",
     "masked_linear",
     "prompt_conv2d",

@@ -126,6 +126,11 @@ def filters(values: Tensor, dtype: torch.dtype) -> Tensor:
     return view.flatten(0, 1)
 
 
+def listed_filters(weight: Tensor, dim: int, channels: ChannelList, dtype: torch.dtype) -> Tensor:
+    """As `filters`, of a dense weight whose axis `dim` goes through a list: what is kept is side by side."""
+    return filters(weight.detach().index_select(dim, channels.order), dtype)
+
+
 def packed_filters(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values [K', C', R, S] as `filters` leaves them in place."""
     if not values.numel():

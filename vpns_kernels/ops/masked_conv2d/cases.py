@@ -6,10 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vpns_kernels.ops.case import Case
-from vpns_kernels.ops.sparse_conv2d.cases import GEOMETRIES, ONE_UNIT, make_input
+from vpns_kernels.ops.sparse_conv2d.cases import GEOMETRIES, ONE_UNIT, draw_units, make_input
 from vpns_kernels.patterns import parse_pattern
 
 PATTERNS = ("unstructured", "block:16x16", "block:32x32", "block:8x4", "nm:2:4")
@@ -35,17 +34,12 @@ def build_args(
     return {
         "x": make_input(geometry, size, memory, dtype),
         "weight": weight,
-        "mask": _draw(units, density, generator),
+        "mask": draw_units(units, density, generator),
         "scores": torch.randn(units, generator=generator).to(wide),
         "geometry": geometry,
         "pattern": pattern,
         "bias": torch.randn(geometry.out_channels, generator=generator).to(wide) if has_bias else None,
     }
-
-
-def _draw(shape: tuple[int, ...], density: float, generator: torch.Generator) -> Tensor:
-    rank = torch.rand(shape, generator=generator)
-    return rank == rank.min() if density == ONE_UNIT else rank < density
 
 
 def fits(shape: str, spec: str) -> bool:

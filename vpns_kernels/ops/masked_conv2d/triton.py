@@ -14,7 +14,7 @@ from vpns_kernels.ops._triton import block_conv, blocks, channel_conv, channel_l
 from vpns_kernels.ops._triton.block_conv import BlockWeight
 from vpns_kernels.ops._triton.block_gradients import score_sums
 from vpns_kernels.ops._triton.block_lists import list_blocks
-from vpns_kernels.ops._triton.channel_lists import ChannelList, all_channels, filters, masked_channels
+from vpns_kernels.ops._triton.channel_lists import all_channels, listed_filters, masked_channels
 from vpns_kernels.ops._triton.epilogue import Epilogue
 from vpns_kernels.ops._triton.rows import empty_activation
 from vpns_kernels.patterns import Block, Channel, parse_pattern
@@ -65,7 +65,7 @@ def run(
     block = _block(pattern)
     if block is None:
         outputs, inputs = masked_channels(mask), all_channels(geometry.in_channels, x.device)
-        kept = filters(_kept_first(weight, outputs), x.dtype)
+        kept = listed_filters(weight, 0, outputs, x.dtype)
         channel_conv.convolve(x, kept, inputs, outputs, geometry, y, Epilogue(bias))
     else:
         lists = list_blocks(mask.flatten(2).contiguous(), geometry, is_input_gradient=False)
@@ -92,7 +92,7 @@ def run_input_gradient(
     block = _block(pattern)
     if block is None:
         outputs, inputs = masked_channels(mask), all_channels(geometry.in_channels, x.device)
-        kept = filters(_kept_first(weight, outputs), x.dtype)
+        kept = listed_filters(weight, 0, outputs, x.dtype)
         channel_conv.input_gradient(grad, kept, inputs, outputs, geometry, grad_x)
     else:
         lists = list_blocks(mask.flatten(2).contiguous(), geometry, is_input_gradient=True)
@@ -126,8 +126,3 @@ def _block(pattern: str) -> Pair | None:
     """Sides of blocks; None of channels."""
     kind = parse_pattern(pattern)
     return (kind.bk, kind.bc) if isinstance(kind, Block) else None
-
-
-def _kept_first(weight: Tensor, outputs: ChannelList) -> Tensor:
-    """Filters in the order of the list: those of kept channels are then side by side."""
-    return weight.detach().index_select(0, outputs.order)

@@ -64,10 +64,10 @@ def build_args(
     pattern, generator = parse_pattern(spec), torch.Generator().manual_seed(2)
     weight = torch.randn(geometry.weight_shape, generator=generator).to(dtype)
     if isinstance(pattern, Channel):
-        kept = [_draw((n,), density, generator) for n in geometry.weight_shape[:2]]
+        kept = [draw_units((n,), density, generator) for n in geometry.weight_shape[:2]]
         mask = (kept[0][:, None] & kept[1][None, :])[..., None, None].expand_as(weight)
     else:
-        units = _draw(pattern.units_shape(geometry.weight_shape), density, generator)
+        units = draw_units(pattern.units_shape(geometry.weight_shape), density, generator)
         mask = pattern.expand(units, geometry.weight_shape)
     packed = pack(weight, mask.contiguous(), pattern, geometry)
     bias = torch.randn(geometry.out_channels, generator=generator).to(dtype) if has_bias else None
@@ -80,7 +80,8 @@ def build_args(
     }
 
 
-def _draw(shape: tuple[int, ...], density: float, generator: torch.Generator) -> Tensor:
+def draw_units(shape: tuple[int, ...], density: float, generator: torch.Generator) -> Tensor:
+    """A random mask; at ONE_UNIT of one unit."""
     rank = torch.rand(shape, generator=generator)
     return rank == rank.min() if density == ONE_UNIT else rank < density
 

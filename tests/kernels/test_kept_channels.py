@@ -1,4 +1,4 @@
-"""Do convolutions that leave out masked inputs compute and learn what those do that read them all?"""
+"""Do convolutions that leave out masked channels compute and learn what those do that multiply them all?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from vpns_kernels import parse_pattern
 from vpns_kernels.convert import mask_layers, mask_modules
-from vpns_kernels.kept_inputs import KeptInputConv2d, read_kept_inputs
+from vpns_kernels.kept_channels import KeptConv2d, skip_masked_channels
+from vpns_kernels.ops.kept_conv2d import compact
 from vpns_kernels.tracing import trace
 
 
@@ -58,11 +59,19 @@ def learn(network: nn.Module, run: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("density", [0.25, 0.5])
-def test_outputs_and_gradients_are_those_of_all_channels(density: float) -> None:
+def test_outputs_and_gradients_are_those_of_all_channels(
+    density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network, twin = make(density)
-    assert read_kept_inputs(twin) == ["first", "wide", "point"]
+    assert skip_masked_channels(twin) == ["first", "wide", "point"]
     x = torch.randn(3, 3, 11, 9).contiguous(memory_format=torch.channels_last)
-    found, expected = learn(network, twin, x), learn(network, network, x)
+    expected = learn(network, network, x)
+    gathered: list[int] = []
+    real = compact._gather
+    monkeypatch.setattr(compact, "_gather", lambda x, kept: (gathered.append(kept.numel()), real(x, kept))[1])
+    found = learn(network, twin, x)
+    # Of first, wide and point, the inputs; and, the other way, the outputs.
+    assert gathered == [round(density * count) for count in (8, 8, 16, 6, 16, 8)]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     masked = [~mask.mask for mask in mask_modules(network).values()]
@@ -70,17 +79,41 @@ def test_outputs_and_gradients_are_those_of_all_channels(density: float) -> None
     assert all(bool((grad[off] != 0).any()) for grad, off in zip(found[2:], masked, strict=True))
 
 
+class Pooled(nn.Module):
+    """Pooling between a mask and its reader, and an activation with two readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.pool, self.first = nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)
+        self.norm, self.second, self.fc = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(self.pool(torch.relu(self.stem(x))))
+        x = torch.relu(self.norm(self.second(torch.relu(y))) + y)
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+def test_a_mask_is_found_through_pooling_and_where_all_gradients_come_through_it() -> None:
+    twin = trace(mask_layers(Pooled(), parse_pattern("channel")))
+    assert twin is not None
+    assert skip_masked_channels(twin) == ["first", "second"]
+    calls = {str(node.target): node for node in twin.graph.nodes}
+    masks = {name: [str(mask.target) for mask in calls[name].args[1:]] for name in ("first", "second")}
+    assert masks == {"first": ["channel_mask_0.mask"], "second": ["channel_mask_1.mask"] * 2}
+
+
 @pytest.mark.parametrize("density", [0.0, 0.75])
 def test_where_it_would_spare_nothing_the_bits_are_those_of_the_plain_layer(density: float) -> None:
     network, twin = make(density)
-    read_kept_inputs(twin)
+    skip_masked_channels(twin)
     x = torch.randn(2, 3, 11, 9).contiguous(memory_format=torch.channels_last)
     assert all(map(torch.equal, learn(network, twin, x), learn(network, network, x)))
 
 
 def test_under_autocast_it_computes_in_bfloat16() -> None:
     network, twin = make(0.5)
-    read_kept_inputs(twin)
+    skip_masked_channels(twin)
     x = torch.randn(2, 3, 11, 9).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = learn(network, twin, x), learn(network, network, x)
@@ -92,9 +125,9 @@ def test_under_autocast_it_computes_in_bfloat16() -> None:
 def test_the_network_it_was_traced_from_stays_and_shares_its_tensors() -> None:
     network, twin = make(0.5)
     before = copy.deepcopy(network.state_dict())
-    read_kept_inputs(twin)
+    skip_masked_channels(twin)
     layer = twin.get_submodule("wide")
-    assert isinstance(layer, KeptInputConv2d)
+    assert isinstance(layer, KeptConv2d)
     assert layer.weight is network.get_submodule("wide").weight
     assert type(network.get_submodule("wide")) is nn.Conv2d
     assert list(network.state_dict()) == list(before)
@@ -102,7 +135,7 @@ def test_the_network_it_was_traced_from_stays_and_shares_its_tensors() -> None:
 
 def test_weights_that_learn_get_their_gradient() -> None:
     network, twin = make(0.5)
-    read_kept_inputs(twin)
+    skip_masked_channels(twin)
     weight = network.get_submodule("wide").weight
     assert isinstance(weight, Tensor)
     weight.requires_grad_()
@@ -110,9 +143,3 @@ def test_weights_that_learn_get_their_gradient() -> None:
     (found,) = torch.autograd.grad(twin(x).sum(), weight)
     (expected,) = torch.autograd.grad(network(x).sum(), weight)
     assert torch.equal(found, expected)
-
-
-def test_another_device_is_not_asked_what_the_mask_holds() -> None:
-    layer = KeptInputConv2d.from_conv(nn.Conv2d(8, 4, 3).requires_grad_(False)).to("meta")
-    mask = torch.zeros(8, dtype=torch.bool, device="meta")
-    assert layer(torch.empty(2, 8, 5, 5, device="meta"), mask).shape == (2, 4, 3, 3)
