@@ -244,6 +244,10 @@ def test_few_blocks_are_written_and_few_channels_read_beyond_those_kept() -> Non
     assert (gathered.block, run.block) == ((128, 64), (64, 64))
     assert (gathered.tiles.pixels.size, run.tiles.pixels.size) == (64, 128)
     assert pick_channel_tiles(sizes, (100, 40), False, half, 8).block == (64, 32)
+    # Threads multiply in full by themselves.
+    full = [pick_channel_tiles(sizes, (99, 40), is_run, torch.float32, 9, "ieee") for is_run in (False, True)]
+    assert [(found.block[0], found.tiles.warps) for found in full] == [(32, 4), (64, 8)]
+    assert pick_channel_gradient_tiles(sizes, (65, 20), False, torch.float32, 8, "ieee").tiles.warps == 8
     assert pick_channel_gradient_tiles(sizes, (65, 20), False, half, 9).block == (64, 32)
 
 

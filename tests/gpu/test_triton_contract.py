@@ -15,8 +15,13 @@ from vpns_kernels.ops.case import Case
 from vpns_kernels.testing import poisoned_memory
 
 # What another test runs too, where there is time: the fused op has the same kernels, with all that can follow
-# them, and test_triton_channels the masked layers with their gradients.
-TWICE = (("sparse_conv2d", "channel-"), ("sparse_conv2d", "block:16x16"), ("masked_conv2d", "channel-"))
+# them, test_triton_channels the masked layers with their gradients, test_triton_kept_conv2d all of that op.
+TWICE = (
+    ("sparse_conv2d", "channel-"),
+    ("sparse_conv2d", "block:16x16"),
+    ("masked_conv2d", "channel-"),
+    ("kept_conv2d", ""),
+)
 ROWS = [
     pytest.param(
         op,

@@ -205,6 +205,7 @@ def test_the_kernels_of_an_op_compile_for_its_hardest_layer(op: str) -> None:
         ("sparse_conv2d", "resnet18.fc", "block:32x32"),
         ("masked_conv2d", HARDEST, "block:64x64"),
         ("masked_conv2d", "vgg16.features.7", "block:64x64"),
+        ("sparse_conv2d", "resnet18.layer3.0.conv2", "block:64x64"),
         ("prompt_conv2d", FIRST, ""),
     ],
 )

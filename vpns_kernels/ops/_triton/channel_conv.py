@@ -80,7 +80,9 @@ def _start(
     steps: Pair = geometry.stride if is_transposed else (1, 1)
     sizes = (N, -(-P // steps[0]), -(-Q // steps[1]))
     dtype, kept = weight.dtype, (written.most_kept, rows.channels.most_kept)
-    found = pick_channel_tiles(sizes, kept, rows.is_run, dtype, capability_of(target.device))
+    found = pick_channel_tiles(
+        sizes, kept, rows.is_run, dtype, capability_of(target.device), dot_precision(dtype)
+    )
     box, block = found.tiles.pixels, found.block
     classes = len(rows.sources)
     # Of a class.

@@ -31,7 +31,8 @@ def weight_gradient(grad: Tensor, x: Tensor, channels: PackedChannels, geometry:
         return torch.zeros(*kept, R, S, dtype=torch.float32, device=grad.device)
     dy, rows = ChannelRows.of(grad, channels.outputs), ChannelRows.of(x, channels.inputs, geometry.stride)
     is_run, capability = dy.is_run and rows.is_run, capability_of(grad.device)
-    found = pick_channel_gradient_tiles((N, P, Q), kept, is_run, grad.dtype, capability)
+    precision = dot_precision(grad.dtype)
+    found = pick_channel_gradient_tiles((N, P, Q), kept, is_run, grad.dtype, capability, precision)
     box, block = found.tiles.pixels, found.block
     boxes = box.count(N, P, Q)
     tiles = [-(-size // side) for size, side in zip(kept, block, strict=True)]
@@ -68,7 +69,7 @@ def weight_gradient(grad: Tensor, x: Tensor, channels: PackedChannels, geometry:
             "DY_IS_RUN": dy.is_run,
             "X_IS_RUN": rows.is_run,
             "IS_FAR": is_far(dy.sources[0], box) or is_far(rows.sources[0], box),
-            "PRECISION": dot_precision(grad.dtype),
+            "PRECISION": precision,
         }
         grid = (tiles[0] * tiles[1] * len(members), split)
         Launch(_weight_kernel, grid, args, constants, found.tiles.warps, found.tiles.stages).run()

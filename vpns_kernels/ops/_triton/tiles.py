@@ -66,18 +66,22 @@ def pick_tiles(
         classes: of pixels that are read, each by a list of its own.
     """
     is_half, is_hopper = dtype.itemsize == 2, capability >= 9
+    is_full = not is_half and precision == "ieee"
     # Float32 takes twice the memory.
-    most = 128 if is_half else 32 if precision == "ieee" and not is_hopper else 64
-    # Four classes read by addresses spilled with more.
-    if is_half and not is_hopper and classes > 1:
-        most = 64
+    most = 128 if is_half else 32 if is_full and not is_hopper else 64
+    # Read by addresses, four classes spilled with more, and so did wide blocks of full products.
+    has_fewer = (classes > 1 and (is_half or is_full)) or (is_full and max(block) >= 64)
+    if has_fewer and not is_hopper:
+        most //= 2
     # Products of a warp group have 64 rows; fewer would leave lanes idle.
     pixels = pick_pixels(sizes, most, least=min(most, 64))
     stage_bytes = (pixels.size + block[0]) * block[1] * dtype.itemsize
     has_many_sums = pixels.size * block[0] * dtype.itemsize > 2 * 64 * 128
     is_crowded = has_many_sums if is_hopper else max(block) >= 64 or not is_half
     warps = 8 if is_crowded else 4
-    return Tiles(pixels, warps, pick_stages(stage_bytes, _LIST_STAGES, capability))
+    # Nor had the smallest tiles registers for the addresses of three stages.
+    most_stages = 2 if most == 16 else _LIST_STAGES
+    return Tiles(pixels, warps, pick_stages(stage_bytes, most_stages, capability))
 
 
 def pick_pixels(sizes: tuple[int, int, int], most: int, least: int) -> PixelTile:
