@@ -39,6 +39,25 @@ void bind_network(py::module_& m) {
       .def_property_readonly("outputs", [](const Network& self) { return self.plan().outputs; }, "Values it gives.")
       .def_property_readonly("kernels", &Network::kernels, "Of each step; empty where it has no weights.")
       .def("set_chunk", &Network::set_chunk, py::arg("chunk"), "Images that a thread takes at a time; not while it runs.")
+      .def(
+          "set_strips",
+          [](Network& self, const std::vector<std::pair<int64_t, int64_t>>& groups, int64_t cache_bytes) {
+            std::vector<StepSpan> spans;
+            for (const auto& [first, count] : groups) spans.push_back({first, count});
+            self.set_strips(spans, cache_bytes > 0 ? cache_bytes : strip_cache_bytes());
+          },
+          py::arg("groups"), py::arg("cache_bytes") = 0,
+          "First step and number of steps of each group that runs by strips of rows, and the bytes that the rows of a "
+          "strip should fit, 0: a core's second-level cache; not while it runs.")
+      .def_property_readonly(
+          "strips",
+          [](const Network& self) {
+            std::vector<std::tuple<int64_t, int64_t, int64_t>> found;
+            for (const StripGroup& group : self.strips())
+              found.emplace_back(group.steps.first, group.steps.count, group.rows);
+            return found;
+          },
+          "Of each group that runs by strips: first step, number of steps, rows of the last one in a strip.")
       .def_property_readonly("bytes_per_image", &Network::bytes_per_image, "Of a thread's working memory.")
       .def(
           "run",

@@ -42,6 +42,7 @@ class PreparedDepthwise final : public PreparedConv {
 
   void run(const ConvCall& call) const override { kRun(plan_, call); }
   bool takes_any_batch() const override { return true; }
+  bool takes_any_rows() const override { return true; }
 
  private:
   DepthwisePlan plan_;

@@ -58,14 +58,15 @@ template <typename X, typename Y>
 void run_depthwise(const DepthwisePlan& plan, const ConvCall& call) {
   const ConvShape& s = plan.shape;
   const Output<Y> out(call);
+  const int64_t rows = call.row_count(s);
   // Outputs [first, last) read no column outside the input.
   const int64_t reach = (s.S - 1) * s.dilation_w;
   const int64_t first = std::min((s.pad_w + s.stride_w - 1) / s.stride_w, s.Q);
   const int64_t room = s.W - 1 - reach + s.pad_w;
   const int64_t last = std::clamp(room < 0 ? 0 : room / s.stride_w + 1, first, s.Q);
 #pragma omp parallel for num_threads(call.threads) schedule(static)
-  for (int64_t row = 0; row < call.batch(s) * s.P; ++row) {
-    const int64_t n = row / s.P, p = row % s.P;
+  for (int64_t row = 0; row < call.batch(s) * rows; ++row) {
+    const int64_t n = row / rows, p = call.first_row + row % rows;
     for (int64_t vector = 0; vector < plan.vectors; ++vector) {
       int64_t q = 0;
       for (; q < first; ++q) depthwise_pixels<1, false, X>(plan, call, out, n, p, q, vector);

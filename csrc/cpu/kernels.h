@@ -33,6 +33,8 @@ class PreparedConv {
   virtual void run(const ConvCall& call) const = 0;
   // Whether a call may bring another number of images than the shape it was prepared for (ConvCall::images).
   virtual bool takes_any_batch() const { return false; }
+  // Whether a call may want some of the output rows alone (ConvCall::first_row), to the same bits.
+  virtual bool takes_any_rows() const { return false; }
   // The same layer with other values of the same layout, at less cost than preparing it; null where it has no such way.
   virtual std::unique_ptr<PreparedConv> refilled(const SparseWeights&, int /*threads*/) const { return nullptr; }
 };

@@ -19,6 +19,7 @@ struct PoolCall {
   ConvShape shape;       // K = C
   bool counts_padding;   // a mean divides by the whole window, padding included
   int threads;
+  int64_t first_row = 0, rows = -1;  // output rows that are wanted, -1: all; nothing is touched for others
 };
 
 // Throws std::invalid_argument where the CPU lacks AVX2.

@@ -67,12 +67,13 @@ void max_pool(const PoolCall& call) {
   const ConvShape& s = call.shape;
   const Int* const x = static_cast<const Int*>(call.x);
   Int* const y = static_cast<Int*>(call.y);
-  const int64_t row_size = s.W * s.C;
+  const int64_t row_size = s.W * s.C, rows = call.rows < 0 ? s.P : call.rows;
 #pragma omp parallel num_threads(call.threads)
   {
     Int* const columns = reinterpret_cast<Int*>(thread_scratch(row_size));
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < s.N * s.P; ++row) {
+    for (int64_t i = 0; i < s.N * rows; ++i) {
+      const int64_t row = i / rows * s.P + call.first_row + i % rows;
       const PoolSpan h = pool_span(call, row % s.P, s.H, s.P, s.R, s.stride_h, s.pad_h);
       const Int* const image = x + row / s.P * s.H * row_size;
       over_vectors<V>(row_size, columns, [&](int64_t i, auto count) {
@@ -103,8 +104,10 @@ void mean_pool(const PoolCall& call) {
   const ConvShape& s = call.shape;
   const T* const x = static_cast<const T*>(call.x);
   T* const y = static_cast<T*>(call.y);
+  const int64_t rows = call.rows < 0 ? s.P : call.rows;
 #pragma omp parallel for num_threads(call.threads) schedule(static)
-  for (int64_t row = 0; row < s.N * s.P; ++row) {
+  for (int64_t i = 0; i < s.N * rows; ++i) {
+    const int64_t row = i / rows * s.P + call.first_row + i % rows;
     const PoolSpan h = pool_span(call, row % s.P, s.H, s.P, s.R, s.stride_h, s.pad_h);
     const T* const image = x + row / s.P * s.H * s.W * s.C;
     for (int64_t q = 0; q < s.Q; ++q) {

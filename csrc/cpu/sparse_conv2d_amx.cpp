@@ -94,6 +94,7 @@ class PreparedAmx final : public PreparedConv {
     if (by_image_) kRun(*by_image_, call, 0, whole);
     if (by_pixel_) kRun(*by_pixel_, call, whole, images_ - whole);
   }
+  bool takes_any_rows() const override { return true; }
 
  private:
   int64_t images_;

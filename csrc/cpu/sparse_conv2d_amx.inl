@@ -68,18 +68,27 @@ void copy_pixel(const uint16_t* from, int64_t count, int64_t padded, uint16_t* t
   std::memset(to + count, 0, (padded - count) * 2);
 }
 
-// Lays out the input of output rows from p0, columns from q0, of image n (and the 15 after it, where they are lanes).
-void load_tile_planes(const AmxPlan& plan, const ConvCall& call, int64_t n, int64_t p0, int64_t q0, uint16_t* to) {
+// Output rows [p0, p1) and columns from q0 on.
+struct AmxOutputs {
+  int64_t p0, p1, q0;
+};
+
+// Lays out the input of some outputs of image n (and the 15 after it, where they are lanes), and of no other rows, which
+// may not be there.
+void load_tile_planes(const AmxPlan& plan, const ConvCall& call, int64_t n, const AmxOutputs& outputs, uint16_t* to) {
   const ConvShape& s = plan.shape;
   const int64_t channels = s.C / s.groups, lanes = plan.images_in_lanes ? kTileRows : 1;
   const uint16_t* x = static_cast<const uint16_t*>(call.x) + n * call.x_stride_n;
+  const int64_t end_h = std::min(s.H, (outputs.p1 - 1) * s.stride_h - s.pad_h + (s.R - 1) * s.dilation_h + 1);
+  const int64_t rows = outputs.p1 - outputs.p0 + plan.planes.h.reach;
+  const int64_t left_out = (plan.planes.rows - rows) * plan.planes.cols * lanes * s.groups * plan.group_channels;
   for (const int phase_h : plan.planes.h.phases)
-    for (const int phase_w : plan.planes.w.phases)
-      for (int64_t row = 0; row < plan.planes.rows; ++row)
+    for (size_t w_phase = 0; w_phase < plan.planes.w.phases.size(); ++w_phase, to += left_out)
+      for (int64_t row = 0; row < rows; ++row)
         for (int64_t col = 0; col < plan.planes.cols; ++col) {
-          const int64_t h = (p0 + row) * s.stride_h + phase_h - s.pad_h;
-          const int64_t w = (q0 + col) * s.stride_w + phase_w - s.pad_w;
-          const bool inside = h >= 0 && h < s.H && w >= 0 && w < s.W;
+          const int64_t h = (outputs.p0 + row) * s.stride_h + phase_h - s.pad_h;
+          const int64_t w = (outputs.q0 + col) * s.stride_w + plan.planes.w.phases[w_phase] - s.pad_w;
+          const bool inside = h >= 0 && h < end_h && w >= 0 && w < s.W;
           for (int64_t lane = 0; lane < lanes; ++lane) {
             const uint16_t* pixel =
                 inside ? x + lane * call.x_stride_n + h * call.x_stride_h + w * call.x_stride_w : nullptr;
@@ -95,7 +104,7 @@ void load_tile_planes(const AmxPlan& plan, const ConvCall& call, int64_t n, int6
 }
 
 // Where the 16 rows of a group go: element index of the output pixel, or -1 where there is none.
-void find_targets(const AmxPlan& plan, const ConvCall& call, int64_t n, int64_t p0, int64_t q0, int64_t group,
+void find_targets(const AmxPlan& plan, const ConvCall& call, int64_t n, const AmxOutputs& outputs, int64_t group,
                   int64_t* target) {
   ConvShape s = plan.shape;
   s.K = plan.outputs;  // of y, the pruned ones included
@@ -104,8 +113,8 @@ void find_targets(const AmxPlan& plan, const ConvCall& call, int64_t n, int64_t 
     const int64_t flat = group * kTileRows + lane;
     const int64_t row = plan.images_in_lanes ? group / tile_q : flat / plan.planes.cols;
     const int64_t col = plan.images_in_lanes ? group % tile_q : flat % plan.planes.cols;
-    const int64_t p = p0 + row, q = q0 + col, image = plan.images_in_lanes ? n + lane : n;
-    const bool wanted = row < plan.planes.tile_p && col < tile_q && p < s.P && q < s.Q;
+    const int64_t p = outputs.p0 + row, q = outputs.q0 + col, image = plan.images_in_lanes ? n + lane : n;
+    const bool wanted = p < outputs.p1 && col < tile_q && q < s.Q;
     target[lane] = wanted ? call.y_at(s, image, p, q) : -1;
   }
 }
@@ -117,15 +126,16 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
   const int64_t lanes = plan.images_in_lanes ? kTileRows : 1;
   const int64_t pixel_elements = s.groups * plan.group_channels;
   const int64_t plane_elements = planes.pixels() * lanes * pixel_elements;
-  const int64_t flat = (planes.tile_p - 1) * planes.cols + planes.tile_q;
-  const int64_t groups = plan.images_in_lanes ? planes.tile_p * planes.tile_q : ceil_div(flat, kTileRows);
-  const int64_t tiles_p = ceil_div(s.P, planes.tile_p), tiles_q = ceil_div(s.Q, planes.tile_q);
+  const int64_t rows = call.row_count(s), end_row = call.first_row + rows, tile_p = even_tile(rows, planes.tile_p);
+  const int64_t flat = (tile_p - 1) * planes.cols + planes.tile_q;
+  const int64_t groups = plan.images_in_lanes ? tile_p * planes.tile_q : ceil_div(flat, kTileRows);
+  const int64_t tiles_p = ceil_div(rows, tile_p), tiles_q = ceil_div(s.Q, planes.tile_q);
   const int64_t tasks = images / lanes * tiles_p * tiles_q;
   const int64_t block_rows = static_cast<int64_t>(plan.starts.size()) - 1;
   const int64_t parts =
       call.threads == 1 ? 1 : std::clamp<int64_t>(2 * call.threads / std::max<int64_t>(tasks, 1), 1, block_rows);
   const Output<Y> out(call);
-  const bool streams = s.N * s.P * s.Q * plan.outputs * static_cast<int64_t>(sizeof(Y)) >= kStreamedBytes;
+  const bool streams = s.N * rows * s.Q * plan.outputs * static_cast<int64_t>(sizeof(Y)) >= kStreamedBytes;
 #pragma omp parallel num_threads(call.threads)
   {
     // Sixteen pixels more: the last group of rows may reach past the planes.
@@ -139,11 +149,12 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < tasks * parts; ++task) {
       const int64_t part = task % parts, tile = task / parts;
-      const int64_t q0 = tile % tiles_q * planes.tile_q, p0 = tile / tiles_q % tiles_p * planes.tile_p;
+      const int64_t p0 = call.first_row + tile / tiles_q % tiles_p * tile_p;
+      const AmxOutputs outputs{p0, std::min(p0 + tile_p, end_row), tile % tiles_q * planes.tile_q};
       const int64_t n = first_image + tile / (tiles_q * tiles_p) * lanes;
-      load_tile_planes(plan, call, n, p0, q0, x);
+      load_tile_planes(plan, call, n, outputs, x);
       for (int64_t group = 0; group < groups; ++group)
-        find_targets(plan, call, n, p0, q0, group, target + group * kTileRows);
+        find_targets(plan, call, n, outputs, group, target + group * kTileRows);
       clock.ends(kLayout);
       for (int64_t row = block_rows * part / parts; row < block_rows * (part + 1) / parts; ++row) {
         const int64_t first_block = plan.starts[row], blocks = plan.starts[row + 1] - first_block;

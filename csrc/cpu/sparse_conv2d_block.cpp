@@ -16,6 +16,7 @@ class PreparedBlock final : public PreparedConv {
 
   void run(const ConvCall& call) const override { kRun(plan_, call); }
   bool takes_any_batch() const override { return true; }
+  bool takes_any_rows() const override { return true; }
 
  private:
   BlockPlan plan_;

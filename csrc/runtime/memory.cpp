@@ -10,7 +10,7 @@ struct Life {
   int64_t first, last;  // steps
 };
 
-std::vector<Life> find_lives(const Plan& plan) {
+std::vector<Life> find_lives(const Plan& plan, const std::vector<StripGroup>& groups) {
   const int64_t steps = static_cast<int64_t>(plan.steps.size());
   std::vector<Life> lives(plan.values.size(), Life{steps, -1});
   const auto use = [&](uint32_t value, int64_t step) {
@@ -25,13 +25,20 @@ std::vector<Life> find_lives(const Plan& plan) {
     use(plan.steps[i].output, i);
   }
   for (uint32_t output : plan.outputs) use(output, steps);
+  for (const StripGroup& group : groups)
+    for (size_t value = 0; value < lives.size(); ++value) {
+      Life& life = lives[value];
+      if (group.has_window[value]) life = {steps, -1};
+      if (life.first >= group.steps.first && life.first < group.steps.end()) life.first = group.steps.first;
+      if (life.last >= group.steps.first && life.last < group.steps.end()) life.last = group.steps.end() - 1;
+    }
   return lives;
 }
 
 }  // namespace
 
-MemoryPlan plan_memory(const Plan& plan) {
-  const std::vector<Life> lives = find_lives(plan);
+MemoryPlan plan_memory(const Plan& plan, const std::vector<StripGroup>& groups) {
+  const std::vector<Life> lives = find_lives(plan, groups);
   const auto size = [&](size_t value) { return (plan.values[value].bytes() + 63) / 64 * 64; };
   std::vector<size_t> order(plan.values.size());
   std::iota(order.begin(), order.end(), size_t{0});

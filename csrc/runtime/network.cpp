@@ -6,6 +6,7 @@
 #include <bit>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <new>
 
@@ -56,6 +57,19 @@ struct Network::Pass {
   int64_t first, images;
   int threads;
   double* seconds;  // by step; may be null
+  const MemoryPlan& memory;
+  bool by_strips;  // of one thread: its windows lie behind the images' memory
+
+  // A value of all images; null of none.
+  char* at(uint32_t value) const { return value == kNoValue ? nullptr : arena + memory.offsets[value] * images; }
+};
+
+struct Network::Work {
+  const char *x, *residual;  // residual may be null
+  char* y;                   // its first channel
+  int64_t images;
+  int threads;
+  int64_t first_row = 0, rows = -1;  // of the output, -1: all; then x, residual and y are where row 0 would lie
 };
 
 Network::Network(const uint8_t* bytes, int64_t size, int64_t segment)
@@ -71,10 +85,14 @@ Network::Network(const uint8_t* bytes, int64_t size, int64_t segment)
     if (kernels_.back() == nullptr) kernels_.back() = &choose_sparse_conv2d("", step.shape, step.weights, x_dtype);
   }
   for (size_t step = 0; step < plan_.steps.size(); ++step) {
-    if (kernels_[step] == nullptr) continue;
     // Made for one image, as the first call may bring it.
-    takes_any_batch_ = prepared(step, 1).takes_any_batch() && takes_any_batch_;
+    for_one_.push_back(kernels_[step] == nullptr ? nullptr : &prepared(step, 1));
+    if (for_one_.back() != nullptr) takes_any_batch_ = for_one_.back()->takes_any_batch() && takes_any_batch_;
   }
+  std::vector<StepSpan> groups;
+  for (int64_t step = 0; step < static_cast<int64_t>(plan_.steps.size()); ++step)
+    if (plan_.steps[step].strip_steps > 0) groups.push_back({step, plan_.steps[step].strip_steps});
+  set_strips(groups);
 }
 
 std::vector<std::string> Network::kernels() const {
@@ -86,6 +104,21 @@ std::vector<std::string> Network::kernels() const {
 void Network::set_chunk(int64_t chunk) {
   check(chunk >= 1, "Network::set_chunk", "at least one image", chunk);
   plan_.chunk = chunk;
+}
+
+void Network::set_strips(const std::vector<StepSpan>& groups, int64_t cache_bytes) {
+  check_strips(plan_, groups);
+  groups_.clear();
+  window_bytes_ = 0;
+  for (const StepSpan& steps : groups) {
+    bool takes_rows = true;
+    for (int64_t step = steps.first; step < steps.end(); ++step)
+      takes_rows = takes_rows && (for_one_[step] == nullptr || for_one_[step]->takes_any_rows());
+    if (!takes_rows) continue;
+    groups_.push_back(make_strip_group(plan_, steps, cache_bytes));
+    window_bytes_ = std::max(window_bytes_, groups_.back().window_bytes);
+  }
+  strip_memory_ = plan_memory(plan_, groups_);
 }
 
 const PreparedConv& Network::prepared(size_t step, int64_t images) const {
@@ -118,9 +151,16 @@ void Network::run(ExecutionContext& context, const std::vector<ImageTensor>& x, 
     int64_t chunk = std::min(plan_.chunk, side_by_side ? left / threads : left);
     if (!takes_any_batch_) chunk = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(chunk)));
     const int64_t rounds = left / (chunk * (side_by_side ? threads : 1));
+    // Threads that share an image do so step by step.
+    const bool by_strips = !groups_.empty() && (side_by_side || threads == 1);
+    const MemoryPlan& memory = by_strips ? strip_memory_ : memory_;
+    const int64_t arena_bytes = memory.bytes * chunk + (by_strips ? window_bytes_ : 0);
+    const auto make_pass = [&](char* arena, int64_t begin, int64_t thread, int workers) {
+      return Pass{arena, x, y, begin, chunk, workers, clock_of(thread), memory, by_strips};
+    };
     if (!side_by_side) {
       for (int64_t i = 0; i < rounds; ++i, first += chunk)
-        run_pass({context.arena(0, memory_.bytes * chunk), x, y, first, chunk, threads, clock_of(0)});
+        run_pass(make_pass(context.arena(0, arena_bytes), first, 0, threads));
       if (threads > 1 && seconds != nullptr)  // all threads were at work
         for (size_t step = 0; step < steps; ++step)
           for (int64_t thread = 1; thread < threads; ++thread) clocks[thread * steps + step] = clocks[step];
@@ -131,7 +171,7 @@ void Network::run(ExecutionContext& context, const std::vector<ImageTensor>& x, 
     for (int64_t i = 0; i < rounds * threads; ++i) {
       const int64_t thread = omp_get_thread_num();
       try {
-        run_pass({context.arena(thread, memory_.bytes * chunk), x, y, first + i * chunk, chunk, 1, clock_of(thread)});
+        run_pass(make_pass(context.arena(thread, arena_bytes), first + i * chunk, thread, 1));
       } catch (...) {
 #pragma omp critical
         error = std::current_exception();
@@ -147,56 +187,85 @@ void Network::run_pass(const Pass& pass) const {
   for (size_t i = 0; i < plan_.inputs.size(); ++i) {
     const PlanValue& in = plan_.values[plan_.inputs[i]];
     const ImageTensor& x = pass.x[i];
-    convert_in({at(x, pass.first), pass.arena + memory_.offsets[plan_.inputs[i]] * pass.images, x.dtype, in.dtype,
-                pass.images, in.channels, in.height, in.width, x.stride_n, x.stride_c, x.stride_h, x.stride_w,
+    convert_in({at(x, pass.first), pass.at(plan_.inputs[i]), x.dtype, in.dtype, pass.images, in.channels, in.height, in.width, x.stride_n, x.stride_c, x.stride_h, x.stride_w,
                 pass.threads});
   }
+  auto group = pass.by_strips ? groups_.begin() : groups_.end();
   for (size_t step = 0; step < plan_.steps.size(); ++step) {
+    if (group != groups_.end() && step == static_cast<size_t>(group->steps.first)) {
+      run_strips(pass, *group);
+      step = group->steps.end() - 1;
+      ++group;
+      continue;
+    }
     const double begin = pass.seconds == nullptr ? 0.0 : now();
-    run_step(pass, step);
+    const PlanStep& s = plan_.steps[step];
+    char* const y = pass.at(s.output) + s.first_channel * element_bytes(plan_.values[s.output].dtype);
+    run_step({pass.at(s.x), pass.at(s.residual), y, pass.images, pass.threads}, step);
     if (pass.seconds != nullptr) pass.seconds[step] += now() - begin;
   }
   for (size_t i = 0; i < plan_.outputs.size(); ++i) {
     const PlanValue& out = plan_.values[plan_.outputs[i]];
     const ImageTensor& y = pass.y[i];
-    convert_out({pass.arena + memory_.offsets[plan_.outputs[i]] * pass.images, at(y, pass.first), out.dtype, y.dtype,
-                 pass.images, out.channels, out.height, out.width, y.stride_n, y.stride_c, y.stride_h, y.stride_w,
+    convert_out({pass.at(plan_.outputs[i]), at(y, pass.first), out.dtype, y.dtype, pass.images, out.channels, out.height, out.width, y.stride_n, y.stride_c, y.stride_h, y.stride_w,
                  pass.threads});
   }
 }
 
-void Network::run_step(const Pass& pass, size_t index) const {
+void Network::run_strips(const Pass& pass, const StripGroup& group) const {
+  char* const windows = pass.arena + pass.memory.bytes * pass.images;
+  for (int64_t image = 0; image < pass.images; ++image)
+    for (const Strip& strip : group.strips) {
+      for (const StripMove& move : strip.moves) std::memmove(windows + move.to, windows + move.from, move.bytes);
+      for (const StripWork& work : strip.work) {
+        const double begin = pass.seconds == nullptr ? 0.0 : now();
+        const PlanStep& step = plan_.steps[work.step];
+        const auto at = [&](uint32_t value, int64_t place) -> char* {
+          if (value == kNoValue) return nullptr;
+          return (group.has_window[value] ? windows : pass.at(value) + image * plan_.values[value].bytes()) + place;
+        };
+        char* const y = at(step.output, work.output) + step.first_channel * element_bytes(plan_.values[step.output].dtype);
+        run_step({at(step.x, work.x), at(step.residual, work.residual), y, 1, 1, work.first_row, work.rows}, work.step);
+        if (pass.seconds != nullptr) pass.seconds[work.step] += now() - begin;
+      }
+    }
+}
+
+void Network::run_step(const Work& work, size_t index) const {
   const PlanStep& step = plan_.steps[index];
-  run_op(pass, index);
+  run_op(work, index);
   if (step.curve == Curve::kNone) return;
   // No kernel takes these in; what the step wrote is in this core's cache still.
   const PlanValue& out = plan_.values[step.output];
   const int64_t channels = has_weights(step) || step.op == PlanOp::kCopy ? step.shape.K : out.channels;
-  char* const y = pass.arena + memory_.offsets[step.output] * pass.images;
-  apply_curve({step.curve, out.dtype, y + step.first_channel * element_bytes(out.dtype),
-               pass.images * out.height * out.width, channels, out.channels, pass.threads});
+  const int64_t rows = work.rows < 0 ? out.height : work.rows, row_bytes = out.bytes() / out.height;
+  apply_curve({step.curve, out.dtype, work.y + work.first_row * row_bytes, work.images * rows * out.width, channels,
+               out.channels, work.threads});
 }
 
-void Network::run_op(const Pass& pass, size_t index) const {
+void Network::run_op(const Work& work, size_t index) const {
   const PlanStep& step = plan_.steps[index];
-  const auto memory_of = [&](uint32_t value) -> char* {
-    return value == kNoValue ? nullptr : pass.arena + memory_.offsets[value] * pass.images;
-  };
   const PlanValue &in = plan_.values[step.x], &out = plan_.values[step.output];
-  const char *x = memory_of(step.x), *residual = memory_of(step.residual);
-  char* const y = memory_of(step.output) + step.first_channel * element_bytes(out.dtype);
-  const int64_t pixels = pass.images * in.height * in.width;
+  const auto first_of = [&](auto* memory, const PlanValue& value) {  // of the rows that are wanted
+    return memory == nullptr ? nullptr : memory + work.first_row * (value.bytes() / value.height);
+  };
+  // Of what maps pixel to pixel.
+  const char *const x = first_of(work.x, in), *const residual = first_of(work.residual, out);
+  char* const y = first_of(work.y, out);
+  const int64_t image_pixels = (work.rows < 0 ? in.height : work.rows) * in.width, pixels = work.images * image_pixels;
   switch (step.op) {
     case PlanOp::kConv2d:
     case PlanOp::kLinear: {
-      ConvCall call{x, in.dtype, in.elements(), in.width * in.channels, in.channels, y, out.dtype, step.bias,
-                    pass.threads, residual, step.act};
+      ConvCall call{work.x, in.dtype, in.elements(), in.width * in.channels, in.channels, work.y, out.dtype, step.bias,
+                    work.threads, work.residual, step.act};
       call.y_stride_n = out.elements();
       call.y_stride_h = out.width * out.channels;
       call.y_stride_w = out.channels;
-      if (step.constant != nullptr) return run_framed(step, out, call, prepared(index, 1), pass.images);
-      call.images = pass.images;
-      return prepared(index, pass.images).run(call);
+      if (step.constant != nullptr) return run_framed(step, out, call, *for_one_[index], work.images);
+      call.images = work.images;
+      call.first_row = work.first_row;
+      call.rows = work.rows;
+      return (work.images == 1 ? *for_one_[index] : prepared(index, work.images)).run(call);
     }
     case PlanOp::kMaxPool:
     case PlanOp::kAvgPool:
@@ -205,24 +274,23 @@ void Network::run_op(const Pass& pass, size_t index) const {
                         : step.op == PlanOp::kAvgPool ? Pool::kMean
                                                       : Pool::kAdaptiveMean;
       ConvShape shape = step.shape;
-      shape.N = pass.images;
-      return pool({kind, in.dtype, x, y, shape, step.counts_padding, pass.threads});
+      shape.N = work.images;
+      return pool({kind, in.dtype, work.x, work.y, shape, step.counts_padding, work.threads, work.first_row, work.rows});
     }
     case PlanOp::kAdd:
     case PlanOp::kCopy:
       return add_act({in.dtype, x + step.read_channel * element_bytes(in.dtype), residual, y, pixels, step.shape.K,
-                      in.channels, out.channels, step.act, pass.threads});
+                      in.channels, out.channels, step.act, work.threads});
     case PlanOp::kGate: {
       const PlanValue& gate = plan_.values[step.residual];
       const bool is_per_image = gate.height * gate.width == 1;
-      return apply_gate({in.dtype, x, residual, y, pass.images, in.height * in.width, in.channels, is_per_image,
-                         pass.threads});
+      return apply_gate({in.dtype, x, residual, y, work.images, image_pixels, in.channels, is_per_image, work.threads});
     }
     case PlanOp::kShuffle:
-      return shuffle_channels({in.dtype, x, y, pixels, in.channels, step.shape.groups, pass.threads});
+      return shuffle_channels({in.dtype, x, y, pixels, in.channels, step.shape.groups, work.threads});
     case PlanOp::kFlatten:  // channel by channel, as torch does
-      return convert_out({x, y, in.dtype, out.dtype, pass.images, in.channels, in.height, in.width, in.elements(),
-                          in.height * in.width, in.width, 1, pass.threads});
+      return convert_out({x, y, in.dtype, out.dtype, work.images, in.channels, in.height, in.width, in.elements(),
+                          in.height * in.width, in.width, 1, work.threads});
     case PlanOp::kTorch:
     case PlanOp::kCount:
       break;

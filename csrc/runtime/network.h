@@ -3,6 +3,9 @@
 // Images are independent, so where there are enough of them each thread takes a few (Plan::chunk) through the whole
 // network: what one step writes the next finds in the core's own cache, and threads never wait for one another. Images
 // that are left over pass with all threads at work on each step.
+//
+// Groups of steps may take the images of a thread one by one, a strip of rows at a time (strips.h), to the same bits as
+// step by step.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +18,7 @@
 #include "cpu/kernels.h"
 #include "runtime/memory.h"
 #include "runtime/plan.h"
+#include "runtime/strips.h"
 
 namespace vpns {
 
@@ -55,6 +59,10 @@ class Network {
   std::vector<std::string> kernels() const;
   // Images that a thread takes at a time, other than the plan says; not while it runs.
   void set_chunk(int64_t chunk);
+  // Groups of steps that run by strips, other than the plan says; not while it runs. A group of which some kernel cannot
+  // compute some rows alone runs step by step. `cache_bytes`: that the rows which a strip touches should fit.
+  void set_strips(const std::vector<StepSpan>& groups, int64_t cache_bytes = strip_cache_bytes());
+  const std::vector<StripGroup>& strips() const { return groups_; }
   int64_t bytes_per_image() const { return memory_.bytes; }
 
   // y = network(x) for any number of images; any number of threads may call at once, each with its own context.
@@ -65,18 +73,24 @@ class Network {
 
  private:
   struct Pass;  // some images through all steps
+  struct Work;  // some images, or some rows of one, through one
 
   void run_pass(const Pass& pass) const;
-  void run_step(const Pass& pass, size_t step) const;
-  void run_op(const Pass& pass, size_t step) const;  // without its curve
+  void run_strips(const Pass& pass, const StripGroup& group) const;
+  void run_step(const Work& work, size_t step) const;
+  void run_op(const Work& work, size_t step) const;  // without its curve
   const PreparedConv& prepared(size_t step, int64_t images) const;
 
   Plan plan_;
   MemoryPlan memory_;
+  std::vector<StripGroup> groups_;
+  MemoryPlan strip_memory_;   // where the groups run by strips
+  int64_t window_bytes_ = 0;  // of the largest group
   std::vector<const SparseConvKernel*> kernels_;  // by step; null where the step has no weights
   bool takes_any_batch_ = true;
   mutable std::mutex lock_;
   mutable std::map<std::pair<size_t, int64_t>, std::unique_ptr<PreparedConv>> prepared_;  // by step and images, 0: any
+  std::vector<const PreparedConv*> for_one_;  // by step: what takes one image; null where the step has no weights
 };
 
 }  // namespace vpns

@@ -43,6 +43,7 @@ struct PlanStep {
   // all others are done.
   const void* constant;
   int64_t first_p, first_q;
+  int64_t strip_steps;  // how many steps from this one on run together by strips of rows (strips.h); 0: none
 };
 
 struct Plan {

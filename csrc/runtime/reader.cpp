@@ -211,6 +211,7 @@ class Reader {
     step.act = act <= kLastAct ? static_cast<Act>(act) : Act::kNone;
     step.curve = act <= kLastAct ? Curve::kNone : static_cast<Curve>(act - kLastAct);
     step.read_channel = u32(at + 104);
+    step.strip_steps = u32(at + 108);
     check(step.read_channel == 0 || step.op == PlanOp::kCopy, kMe, "all channels read of such an op", step.name);
     check(u32(at + 32) == static_cast<int64_t>(tensors_used_), kMe, "tensors in the order of the steps", u32(at + 32));
     if (segment_ != kWholePlan)

@@ -2,7 +2,7 @@
 // the threshold selection against a sort, and prompt_conv2d with its gradients against loops.
 //
 // usage: kernels_test [rounds [seed [round]]]. Each round draws a layer and runs all kernels that take it, with one,
-// two and three threads and from two callers at once: the bits must be the same, the inputs lie between forbidden
+// two and three threads, by strips of rows and from two callers at once: the bits must be the same, the inputs lie between forbidden
 // pages, and the packed weights are out of reach once prepared. Prints one line per kernel and ends with "N passed, 0
 // failed"; exit code 1 on any difference. Links neither torch nor Python, so that it also runs under sanitizers and
 // emulators.
@@ -80,13 +80,18 @@ std::string complaint(const Case& c, const Layer& layer, const Operands& o, cons
   check_sparse_conv2d(c.s, weights);
   const auto prepared = kernel.prepare(c.s, weights);
   allow(layer, PROT_NONE);  // what is prepared no longer needs them
-  const auto run = [&](int threads) {
+  const auto run = [&](int threads, int64_t height = 0) {  // of strips of rows; 0: all rows at once
     GuardedArray y(c.y, static_cast<int64_t>(o.expected.size()), c.at_back);
     ConvCall call{o.x.data(), c.x,        o.stride_n, o.stride_h, o.stride_w, y.data(),
                   c.y,        c.bias ? o.bias.data() : nullptr, threads};
     call.residual = c.residual ? o.residual.data() : nullptr;
     call.act = c.act;
-    prepared->run(call);
+    if (height == 0) prepared->run(call);
+    for (int64_t row = 0; height > 0 && row < c.s.P; row += height) {
+      call.first_row = row;
+      call.rows = std::min(height, c.s.P - row);
+      prepared->run(call);
+    }
     return y;
   };
   const GuardedArray first = run(1);
@@ -98,6 +103,7 @@ std::string complaint(const Case& c, const Layer& layer, const Operands& o, cons
   };
   for (const int threads : {2, 3})
     if (differs(run(threads))) return "other bits with " + std::to_string(threads) + " threads";
+  if (prepared->takes_any_rows() && differs(run(pick({1, 2}), pick({1, 2, 3, 5})))) return "other bits by strips of rows";
   if (one_in(8)) {
     bool other_differs = false;
     std::thread other([&] { other_differs = differs(run(2)); });

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from vpns_kernels import native
 from vpns_kernels.engine.lower import lower
 from vpns_kernels.engine.plan_file import encode_plan
 from vpns_kernels.engine.select import draft_plan
+from vpns_kernels.engine.strips import find_strips
 from vpns_kernels.engine.trace import trace_network
 
 # Of networks that are run: then no step goes beyond what is allocated here.
@@ -46,8 +48,12 @@ def make(kind: str) -> tuple[bytes, int]:
     if kind == "segments":
         network: nn.Module = Attentive()
     else:
-        network = Steps() if kind == "steps" else prune(build(kind), "unstructured", 0.4)
+        name, spec = ("residual", "block:4x2") if kind == "strips" else (kind, "unstructured")
+        network = Steps() if kind == "steps" else prune(build(name), spec, 0.4)
     plan = draft_plan(lower(trace_network(network.eval(), images(1))), torch.float32, {})
+    if kind == "strips":
+        plan = replace(plan, strips=find_strips(plan)[0])
+        assert plan.strips
     natives = [step.native for step in plan.steps]
     segments = sum(now and not before for before, now in zip([False, *natives], natives, strict=False))
     return b"".join(encode_plan(plan)), -1 if plan.native else segments
@@ -89,13 +95,13 @@ def attack(kind: str, count: int, seed: int) -> None:
     assert count // 4 < refused < count
 
 
-@pytest.mark.parametrize("kind", ["residual", "vgg", "depthwise", "steps", "segments"])
+@pytest.mark.parametrize("kind", ["residual", "vgg", "depthwise", "steps", "segments", "strips"])
 def test_a_hostile_plan_is_refused_or_valid_and_never_crashes(kind: str) -> None:
     attack(kind, 400, 5)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [6, 7])
-@pytest.mark.parametrize("kind", ["residual", "vgg", "depthwise", "steps", "segments"])
+@pytest.mark.parametrize("kind", ["residual", "vgg", "depthwise", "steps", "segments", "strips"])
 def test_10000_more_hostile_plans_never_crash(kind: str, seed: int) -> None:
     attack(kind, 1000, seed)

@@ -18,6 +18,7 @@ from vpns_kernels.engine.gpu_compile import choose_kernels, device_dtype
 from vpns_kernels.engine.lower import lower
 from vpns_kernels.engine.report import StepReport
 from vpns_kernels.engine.select import draft_plan
+from vpns_kernels.engine.strips import with_strips
 from vpns_kernels.engine.trace import Traced, trace_network
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -91,6 +92,8 @@ def compile(
     ]
     plan = replace(plan, steps=tuple(steps))
     engine = Engine(plan, best.reports, threads=threads, programs=lowered.programs)
+    if len(example) >= threads_now:
+        engine = with_strips(engine, example[: best.chunk * threads_now])
     return _choose(engine, traced, chosen, example) if lowered.programs else engine
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vpns_kernels import native
 from vpns_kernels.engine.artifact import write_artifact
-from vpns_kernels.engine.parts import EnginePart, make_parts
+from vpns_kernels.engine.parts import EnginePart, NativePart, make_parts
 from vpns_kernels.engine.plan import Plan
 from vpns_kernels.engine.plan_file import encode_plan
 from vpns_kernels.engine.programs import (
@@ -89,6 +89,9 @@ class Engine:
                 notes.append(
                     f"{report.name}: compiled for {report.kernel}, which this CPU has not; {kernel} runs it"
                 )
+        for first, count, rows in self.strips:
+            names = self.plan.steps[first].name, self.plan.steps[first + count - 1].name
+            notes.append(f"{names[0]} to {names[1]} run together, {rows} row{'s' * (rows > 1)} at a time")
         found = EngineReport(self.plan, self.reports, self._describe_workers(), tuple(notes))
         if not quiet:
             print(found)
@@ -113,6 +116,20 @@ class Engine:
         """Let each thread take as many images at a time; for compiling, while nobody calls."""
         for part in self._parts:
             part.set_chunk(chunk)
+
+    def set_strips(self, strips: Sequence[tuple[int, int]], cache_bytes: int = 0) -> None:
+        """Let other groups of steps run by strips, as Plan has them; for compiling, while nobody calls.
+
+        Args:
+            cache_bytes: what the rows that a strip touches should fit; 0: a core's second-level cache.
+        """
+        for part in self._parts:
+            part.set_strips(strips, cache_bytes)
+
+    @property
+    def strips(self) -> list[tuple[int, int, int]]:
+        """Of each group that runs by strips on this machine: first step, number of steps, rows at a time."""
+        return [group for part in self._parts if isinstance(part, NativePart) for group in part.strips]
 
     def store_programs(self) -> list[bytes]:
         """What is left to torch, as torch.export stores it; ValueError where it cannot."""

@@ -43,6 +43,9 @@ class StepPart:
     def set_chunk(self, chunk: int) -> None:
         """A GPU takes all images at once."""
 
+    def set_strips(self, strips: Sequence[tuple[int, int]], cache_bytes: int = 0) -> None:
+        """A GPU takes all rows at once."""
+
     def run(self, tensors: dict[int, Tensor], context: Any, threads: int, seconds: Tensor | None) -> None:
         """Read and write values; times are measured elsewhere (gpu_clock.py)."""
         self.run_by(self._layer, tensors)

@@ -32,6 +32,9 @@ class EnginePart(Protocol):
     def set_chunk(self, chunk: int) -> None:
         """Images that a thread takes at a time."""
 
+    def set_strips(self, strips: Sequence[tuple[int, int]], cache_bytes: int = 0) -> None:
+        """Which of the plan's steps run by strips, as Engine.set_strips takes them."""
+
     def run(self, tensors: dict[int, Tensor], context: Any, threads: int, seconds: Tensor | None) -> None:
         """Read and write tensors of a call, by their value; add the time of each step of the plan."""
 
@@ -59,6 +62,16 @@ class NativePart:
 
     def set_chunk(self, chunk: int) -> None:
         self._network.set_chunk(chunk)
+
+    def set_strips(self, strips: Sequence[tuple[int, int]], cache_bytes: int = 0) -> None:
+        own = self.steps.start
+        groups = [(first - own, count) for first, count in strips if first in self.steps]
+        self._network.set_strips(groups, cache_bytes)
+
+    @property
+    def strips(self) -> list[tuple[int, int, int]]:
+        """As Engine.strips, of these steps."""
+        return [(self.steps.start + first, count, rows) for first, count, rows in self._network.strips]
 
     def run(self, tensors: dict[int, Tensor], context: Any, threads: int, seconds: Tensor | None) -> None:
         values = self._plan.values
@@ -90,6 +103,9 @@ class TorchPart:
         self.writes = [port.value for port in program.writes]
 
     def set_chunk(self, chunk: int) -> None:
+        """torch takes all at once."""
+
+    def set_strips(self, strips: Sequence[tuple[int, int]], cache_bytes: int = 0) -> None:
         """torch takes all at once."""
 
     def run(self, tensors: dict[int, Tensor], context: Any, threads: int, seconds: Tensor | None) -> None:

@@ -22,6 +22,7 @@ OPS: tuple[Op, ...] = get_args(Op)
 # Activations that no kernel takes in: they bend.
 CURVES = ("silu", "hardswish", "hardsigmoid", "sigmoid", "gelu")
 PLAN_ACTS = (*ACTS, *CURVES)
+_BY_ROWS: tuple[Op, ...] = ("conv2d", "max_pool", "avg_pool", "add", "copy", "shuffle")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class Plan:
 
     Args:
         chunk: images that a thread takes through all steps at a time.
+        strips: first step and number of steps of each group that takes images one by one, a strip of rows at
+            a time through all its steps; in order, apart from one another.
         is_flat: the output is [N, C], not [N, C, H, W].
     """
 
@@ -99,11 +102,31 @@ class Plan:
     output: int | None = None
     chunk: int = 1
     is_flat: bool = False
+    strips: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         counts = Counter(step.name for step in self.steps)
         if doubles := [name for name, count in counts.items() if count > 1]:
             raise ValueError(f"plan: expected unique layer names, got {doubles} more than once")
+        free = 0
+        for first, count in self.strips:
+            together = self.steps[first : first + count]
+            is_fit = first >= free and len(together) == count >= 2 and all(map(self.runs_by_rows, together))
+            if not is_fit:
+                raise ValueError(
+                    "plan: expected strips of at least two steps that run by rows, apart from one another, "
+                    f"got {count} from {first} on"
+                )
+            free = first + count
+
+    def runs_by_rows(self, step: PlanStep) -> bool:
+        """Whether some rows of a step's output can be computed from some rows of what it reads."""
+        if step.x is None or step.constant is not None or not step.native:
+            return False
+        if step.op == "gate":
+            assert step.residual is not None
+            return self.values[step.residual].height == self.values[step.x].height
+        return step.op in _BY_ROWS
 
     @property
     def layers(self) -> tuple[PlanLayer, ...]:

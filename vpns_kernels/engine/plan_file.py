@@ -22,7 +22,8 @@ All numbers are little-endian and unsigned; all sizes are in bytes. The file is,
              40 u32 value it reads | 44 residual | 48 value it writes | 52 u32 from which channel on
              56 u32 activation, by its place in plan.PLAN_ACTS | 60 u32 input channels | 64 output channels
              68 kernel height, 72 width | 76 stride, 2 numbers | 84 padding, 2 | 92 dilation, 2
-             100 groups | 104 u32 first channel that a copy reads | 108 u32 0
+             100 groups | 104 u32 first channel that a copy reads | 108 u32 how many steps
+                from this one on run together by strips of rows, or 0
     value:   0 u32 channels | 4 height | 8 width | 12 u32 dtype as of tensors | 16 u32 0, four times
     tensor:  0 u32 offset in names, 4 u32 size: "<step>.<part>"
              8 u32 dtype: 1 float32, 2 bfloat16, 3 float64, 4 int32, 5 float16 | 12 u32 rank, at most 4
@@ -83,8 +84,9 @@ def encode_plan(plan: Plan) -> Iterator[bytes | memoryview]:
     tensors_start = values_start + _VALUE.size * len(plan.values)
     names_start = tensors_start + _TENSOR.size * len(tensors)
     names, steps, first = bytearray(), bytearray(), 0
-    for step, found in zip(plan.steps, parts, strict=True):
-        steps += _encode_step(step, names, first, len(found))
+    together = dict(plan.strips)
+    for place, (step, found) in enumerate(zip(plan.steps, parts, strict=True)):
+        steps += _encode_step(step, names, first, len(found), together.get(place, 0))
         first += len(found)
     values = b"".join(
         _VALUE.pack(v.channels, v.height, v.width, _CODES[v.dtype], 0, 0, 0, 0) for v in plan.values
@@ -108,7 +110,7 @@ def encode_plan(plan: Plan) -> Iterator[bytes | memoryview]:
         place = _align(place) + tensor.nbytes
 
 
-def _encode_step(step: PlanStep, names: bytearray, first: int, count: int) -> bytes:
+def _encode_step(step: PlanStep, names: bytearray, first: int, count: int, together: int) -> bytes:
     g, layer = step.geometry, step.layer
     pattern = "" if layer is None else layer.packed.pattern.spec
     strings = (*_add(names, step.name), *_add(names, pattern), *_add(names, step.kernel))
@@ -118,7 +120,7 @@ def _encode_step(step: PlanStep, names: bytearray, first: int, count: int) -> by
     ends = (_index(step.x), _index(step.residual), _index(step.output), step.first_channel)
     sizes = (g.in_channels, g.out_channels, *g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups)
     numbers = (OPS.index(step.op), flags, first, count, *ends, PLAN_ACTS.index(step.act))
-    return _STEP.pack(*strings, *numbers, *sizes, step.read_channel, 0)
+    return _STEP.pack(*strings, *numbers, *sizes, step.read_channel, together)
 
 
 def decode_plan(data: Tensor, path: Path) -> Plan:
@@ -183,7 +185,8 @@ class _Reader:
         _expect(f"{_LEAST_CHUNK} to {_MOST_CHUNK} images", _LEAST_CHUNK <= chunk <= _MOST_CHUNK, chunk)
         _expect("0 or 1 for a flat output", self._ends[3] <= 1, self._ends[3])
         ends = self._read_index(self._ends[0]), self._read_index(self._ends[1])
-        return Plan(steps, values, *ends, chunk, bool(self._ends[3]))
+        strips = tuple((place, record[-1]) for place, record in enumerate(records) if record[-1])
+        return Plan(steps, values, *ends, chunk, bool(self._ends[3]), strips)
 
     def _read_value(self, channels: int, height: int, width: int, code: int, *zeros: int) -> PlanValue:
         sizes = (channels, height, width)
@@ -200,10 +203,10 @@ class _Reader:
         self, name: str, spec: str, kernel: str, record: tuple[int, ...], values: tuple[PlanValue, ...]
     ) -> PlanStep:
         op, flags, first, count, x, residual, output, channel, act, *sizes = record
-        in_channels, out_channels, *pairs, groups, read_channel, zero = sizes
-        is_fit = op < len(OPS) and flags < 16 and act < len(PLAN_ACTS) and zero == 0
+        in_channels, out_channels, *pairs, groups, read_channel, _ = sizes
+        is_fit = op < len(OPS) and flags < 16 and act < len(PLAN_ACTS)
         is_fit = is_fit and (read_channel == 0 or OPS[op] == "copy")
-        _expect(f"op, flags and reserved of {name}", is_fit, (op, flags, act, read_channel, zero))
+        _expect(f"op, flags and reserved of {name}", is_fit, (op, flags, act, read_channel))
         _expect(f"first tensor {self._tensors_used} of {name}", first == self._tensors_used, first)
         ends = self._read_index(x), self._read_index(residual), self._read_index(output)
         is_fit = (ends[0] is None) == (ends[2] is None) == (self._values == 0) or OPS[op] == "torch"
