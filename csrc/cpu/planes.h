@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <vector>
 
 #include "params.h"
@@ -79,10 +78,5 @@ inline int64_t even_tile(int64_t extent, int64_t most) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Into how many parts, of `most`, each of the tiles is cut that are left over when every thread has had as many whole ones.
-inline int64_t parts_of_left(int64_t left, int64_t threads, int64_t most) {
-  return left == 0 ? 1 : std::min(threads / std::gcd(left, threads), most);
-}
 
 }  // namespace vpns

@@ -22,6 +22,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/sparse_conv2d_channels.h"
+#include "cpu/tasks.h"
 #include "params.h"
 
 namespace vpns {

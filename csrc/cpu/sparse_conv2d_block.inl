@@ -234,7 +234,7 @@ void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, co
   const int64_t pixel_cells = s.groups * plan.group_cells, image_cells = plan.h.extent(tile_p) * plan.cols * pixel_cells;
   const int64_t pixel_room = (tile_n * tile_p * plan.tile_q + kBlockAbreast + 15) / 16 * 16;
   const int64_t plane_floats = in_place ? 0 : (tile_n * image_cells * plan.cell_bytes + 255) / 256 * 64;
-  int64_t taken = 0;
+  TaskQueue tasks(cut.whole, cut.count() - cut.whole, call.threads);
 #pragma omp parallel num_threads(call.threads)
   {
     float* const memory = thread_scratch(4 * pixel_room + plane_floats);
@@ -261,10 +261,8 @@ void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, co
         pixels.base[pixels.count + more] = pixels.base[pixels.count - 1];
       clock.ends(kLayout);
     };
-    // Each thread begins with the task of its number, as in the layer before, so that it finds in its cache what it wrote.
-    const int64_t team = omp_get_num_threads();
-    int64_t laid_out = -1, task = omp_get_thread_num();
-    while (task < cut.count()) {
+    int64_t laid_out = -1;
+    for (int64_t task; (task = tasks.take(omp_get_thread_num())) >= 0;) {
       const bool is_whole = task < cut.whole;
       const int64_t piece = is_whole ? task : cut.whole + (task - cut.whole) / cut.parts;
       const int64_t part = is_whole ? 0 : (task - cut.whole) % cut.parts, parts = is_whole ? 1 : cut.parts;
@@ -273,9 +271,6 @@ void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, co
       const int64_t last = first_strip(plan, part + 1, parts);
       for (int64_t strip = first_strip(plan, part, parts); strip < last; ++strip)
         run_strip<Cell>(plan, call, plan.strips[strip], x, pixels, outputs, clock);
-#pragma omp atomic capture
-      task = taken++;
-      task += team;
     }
     end_streams();
   }

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/planes.h"
+#include "cpu/tasks.h"
 #include "params.h"
 
 namespace vpns {

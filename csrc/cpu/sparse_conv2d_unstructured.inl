@@ -193,16 +193,14 @@ void run_typed(const UnstructuredPart& part, const float* weights, const ConvCal
   // for itself: to fetch what another core has just written takes longer.
   const int64_t left = tiles % call.threads, whole = tiles - left;
   const int64_t parts = parts_of_left(left, call.threads, blocks);
-  int64_t taken = 0;
+  TaskQueue tasks(whole, left * parts, call.threads);
 #pragma omp parallel num_threads(call.threads)
   {
     PhaseClock clock(call);
     float* const sums = thread_scratch(sum_floats + tile_floats);
     Plane* const planes = reinterpret_cast<Plane*>(sums + sum_floats);
-    // Each thread begins with the task of its number, as in the layer before, so that it finds in its cache what it wrote.
-    const int64_t team = omp_get_num_threads();
-    int64_t laid_out = -1, task = omp_get_thread_num();
-    while (task < whole + left * parts) {
+    int64_t laid_out = -1;
+    for (int64_t task; (task = tasks.take(omp_get_thread_num())) >= 0;) {
       const bool is_whole = task < whole;
       const int64_t number = is_whole ? task : whole + (task - whole) / parts;
       const int64_t part = is_whole ? 0 : (task - whole) % parts, shares = is_whole ? 1 : parts;
@@ -212,9 +210,6 @@ void run_typed(const UnstructuredPart& part, const float* weights, const ConvCal
       clock.ends(kLayout);
       for (int64_t block = blocks * part / shares; block < blocks * (part + 1) / shares; ++block)
         run_block<Y>(plan, weights, call, tile, block, planes, sums, clock);
-#pragma omp atomic capture
-      task = taken++;
-      task += team;
     }
   }
 }

@@ -165,15 +165,13 @@ void run_unstructured_grad(const UnstructuredGradPart& own, const WeightGradCall
   // Pieces that are too few for all threads are tasks of some blocks of output channels, as in the forward pass.
   const int64_t left = pieces % call.threads, whole = pieces - left, parts = parts_of_left(left, call.threads, blocks);
   const int64_t waiting_floats = kWaiting * kLanes;
-  int64_t taken = 0;
+  TaskQueue tasks(whole, left * parts, call.threads);
 #pragma omp parallel num_threads(call.threads)
   {
     float* const waiting = thread_scratch(waiting_floats + plane_floats + dy_floats);
     float* const planes = waiting + waiting_floats;
     float* const dy = planes + plane_floats;
-    const int64_t team = omp_get_num_threads();
-    int64_t task = omp_get_thread_num();
-    while (task < whole + left * parts) {
+    for (int64_t task; (task = tasks.take(omp_get_thread_num())) >= 0;) {
       const bool is_whole = task < whole;
       const int64_t piece = is_whole ? task : whole + (task - whole) / parts;
       const int64_t part = is_whole ? 0 : (task - whole) % parts, shares = is_whole ? 1 : parts;
@@ -184,9 +182,6 @@ void run_unstructured_grad(const UnstructuredGradPart& own, const WeightGradCall
         for (int64_t block = blocks * part / shares; block < blocks * (part + 1) / shares; ++block)
           add_tile(own, tile, block, planes, dy, waiting, &sums[piece * entries]);
       }
-#pragma omp atomic capture
-      task = taken++;
-      task += team;
     }
 #pragma omp barrier
 #pragma omp for schedule(static)
