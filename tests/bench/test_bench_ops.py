@@ -37,6 +37,12 @@ def found_targets(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {target["name"].partition(", ResNet")[0]: target for target in targets(rows)}
 
 
+@pytest.fixture(autouse=True)
+def keeping_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the C library does with memory is a matter of the whole process, here that of the tests."""
+    monkeypatch.setattr(bench_ops, "keep_freed_memory", lambda: True)
+
+
 @pytest.mark.parametrize("layer", [CONV, LINEAR], ids=["conv", "linear"])
 def test_a_layer_gives_a_row_for_each_variant(layer: Layer) -> None:
     variants = [
