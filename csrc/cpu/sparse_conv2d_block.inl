@@ -222,8 +222,8 @@ void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& st
   }
 }
 
-// All outputs of a call whose planes are call.x itself (in_place), or what load(n, p0, q0, rows, planes) lays out: the first
-// rows of the planes of the tile at output (p0, q0) of image n.
+// All outputs of a call whose planes are call.x itself (in_place), or what load(n, p0, q0, rows, planes) lays out: the
+// first rows of the planes of the tile at output (p0, q0) of image n.
 template <typename Cell, typename Load>
 void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, const Load& load) {
   const ConvShape& s = plan.shape;

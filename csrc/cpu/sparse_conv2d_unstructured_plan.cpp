@@ -84,7 +84,8 @@ double cost_of_tiles(int64_t tiles, const TileCost& tile, int64_t threads, int64
   const double whole = static_cast<double>(tiles / threads) * (tile.layout + tile.products);
   if (left == 0) return whole;
   const int64_t parts = parts_of_left(left, threads, blocks);
-  return whole + static_cast<double>(ceil_div(left * parts, threads)) * (tile.layout + tile.products / static_cast<double>(parts));
+  const double part = tile.layout + tile.products / static_cast<double>(parts);
+  return whole + static_cast<double>(ceil_div(left * parts, threads)) * part;
 }
 
 // The tile of whole segments whose planes fit the cache that costs least: by its halo, and by what threads wait for one

@@ -187,8 +187,8 @@ void Network::run_pass(const Pass& pass) const {
   for (size_t i = 0; i < plan_.inputs.size(); ++i) {
     const PlanValue& in = plan_.values[plan_.inputs[i]];
     const ImageTensor& x = pass.x[i];
-    convert_in({at(x, pass.first), pass.at(plan_.inputs[i]), x.dtype, in.dtype, pass.images, in.channels, in.height, in.width, x.stride_n, x.stride_c, x.stride_h, x.stride_w,
-                pass.threads});
+    convert_in({at(x, pass.first), pass.at(plan_.inputs[i]), x.dtype, in.dtype, pass.images, in.channels, in.height,
+                in.width, x.stride_n, x.stride_c, x.stride_h, x.stride_w, pass.threads});
   }
   auto group = pass.by_strips ? groups_.begin() : groups_.end();
   for (size_t step = 0; step < plan_.steps.size(); ++step) {
@@ -207,8 +207,8 @@ void Network::run_pass(const Pass& pass) const {
   for (size_t i = 0; i < plan_.outputs.size(); ++i) {
     const PlanValue& out = plan_.values[plan_.outputs[i]];
     const ImageTensor& y = pass.y[i];
-    convert_out({pass.at(plan_.outputs[i]), at(y, pass.first), out.dtype, y.dtype, pass.images, out.channels, out.height, out.width, y.stride_n, y.stride_c, y.stride_h, y.stride_w,
-                 pass.threads});
+    convert_out({pass.at(plan_.outputs[i]), at(y, pass.first), out.dtype, y.dtype, pass.images, out.channels, out.height,
+                 out.width, y.stride_n, y.stride_c, y.stride_h, y.stride_w, pass.threads});
   }
 }
 

@@ -2,10 +2,10 @@
 // the threshold selection against a sort, and prompt_conv2d with its gradients against loops.
 //
 // usage: kernels_test [rounds [seed [round]]]. Each round draws a layer and runs all kernels that take it, with one,
-// two and three threads, by strips of rows and from two callers at once: the bits must be the same, the inputs lie between forbidden
-// pages, and the packed weights are out of reach once prepared. Prints one line per kernel and ends with "N passed, 0
-// failed"; exit code 1 on any difference. Links neither torch nor Python, so that it also runs under sanitizers and
-// emulators.
+// two and three threads, by strips of rows and from two callers at once: the bits must be the same, the inputs lie
+// between forbidden pages, and the packed weights are out of reach once prepared. Prints one line per kernel and ends
+// with "N passed, 0 failed"; exit code 1 on any difference. Links neither torch nor Python, so that it also runs under
+// sanitizers and emulators.
 #include <signal.h>
 #include <sys/mman.h>
 
