@@ -51,6 +51,8 @@ void batch_norm_act(const BatchNormForward& call);
 void batch_norm_act_backward(const BatchNormBackward& call);
 
 void run_batch_norm_act_avx2(const BatchNormForward& call);
+void run_batch_norm_act_avx512(const BatchNormForward& call);
 void run_batch_norm_act_backward_avx2(const BatchNormBackward& call);
+void run_batch_norm_act_backward_avx512(const BatchNormBackward& call);
 
 }  // namespace vpns

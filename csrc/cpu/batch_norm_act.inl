@@ -1,4 +1,5 @@
-// The loops of batch_norm_act.h over vectors of 8 channels; included by an instruction set's own file.
+// The loops of batch_norm_act.h for one vector length; included by each instruction set's own file. Needs
+// VPNS_RUN_BATCH_NORM_ACT and VPNS_RUN_BATCH_NORM_ACT_BACKWARD (the functions' names).
 
 // A chunk's two sums per channel are taken while it lies in the first-level cache, where its rows are wide in the second.
 constexpr int64_t kChunkBytes = 16 * 1024;
@@ -25,27 +26,29 @@ void over_channels(int64_t channels, const Body& body) {
   for (; c < channels; ++c) body(c, std::integral_constant<int, 1>{});
 }
 
-// Four vectors that go together through the same arithmetic.
+// The vectors of 32 channels, which go together through the same arithmetic.
+constexpr int kVectors = 32 / kLanes;
 struct Vec32 {
-  Vec8 v[4];
+  Vec v[kVectors];
 };
 #define VPNS_EACH(expression)       \
   Vec32 r;                          \
   _Pragma("GCC unroll 4")           \
-  for (int i = 0; i < 4; ++i) r.v[i] = expression; \
+  for (int i = 0; i < kVectors; ++i) r.v[i] = expression; \
   return r
 inline Vec32 operator+(Vec32 a, Vec32 b) { VPNS_EACH(a.v[i] + b.v[i]); }
 inline Vec32 operator-(Vec32 a, Vec32 b) { VPNS_EACH(a.v[i] - b.v[i]); }
 inline Vec32 operator*(Vec32 a, Vec32 b) { VPNS_EACH(a.v[i] * b.v[i]); }
 inline Vec32 operator/(Vec32 a, float b) { VPNS_EACH(a.v[i] / b); }
 inline Vec32& operator+=(Vec32& a, Vec32 b) { return a = a + b; }
+
 inline Vec32 activate(Vec32 a, Act act) { VPNS_EACH(activate(a.v[i], act)); }
 
-// One channel or eight: the same arithmetic in both.
+// One channel, eight or 32: the same arithmetic in all.
 template <int kWidth, typename T>
 inline auto read_channels(const T* from) {
   if constexpr (kWidth == 32) {
-    VPNS_EACH(load8(from + 8 * i));
+    VPNS_EACH(load(from + kLanes * i));
   } else if constexpr (kWidth == 8) {
     return load8(from);
   } else {
@@ -55,21 +58,42 @@ inline auto read_channels(const T* from) {
 template <typename T>
 inline void write_channels(T* to, Vec32 a) {
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) store8(to + 8 * i, a.v[i]);
+  for (int i = 0; i < kVectors; ++i) store(to + kLanes * i, a.v[i]);
 }
 template <typename T>
 inline void write_channels(T* to, Vec8 v) { store8(to, v); }
 template <typename T>
 inline void write_channels(T* to, float v) { narrow(to, v); }
 
-inline Vec8 pass_where_active(Vec8 grad, Vec8 y, Act act) {
-  if (act == Act::kNone) return grad;
-  grad = y > 0.0f ? grad : Vec8{};
-  return act == Act::kRelu6 ? (y < 6.0f ? grad : Vec8{}) : grad;
+// Outputs too large to stay in the caches go past them in whole lines: to write a line the usual way is to read it first.
+#if defined(__AVX512BW__)
+template <bool kStreams, typename T>
+inline void put_channels(T* to, Vec32 a) {
+  if constexpr (!kStreams) write_channels(to, a);
+  else if constexpr (std::is_same_v<T, float>)
+    for (int i = 0; i < kVectors; ++i) _mm512_stream_ps(to + kLanes * i, (__m512)a.v[i]);
+  else {
+    const __m512i low = _mm512_castsi256_si512(round_to_16(T{}, (__m512)a.v[0]));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to),
+                        _mm512_inserti64x4(low, round_to_16(T{}, (__m512)a.v[1]), 1));
+  }
 }
-inline float pass_where_active(float grad, float y, Act act) {
+inline bool is_streamed(const void* to, int64_t channels, int64_t bytes) {
+  return bytes >= kStreamedBytes && channels % 32 == 0 && is_line(to);
+}
+#else
+inline bool is_streamed(const void*, int64_t, int64_t) { return false; }
+#endif
+template <bool kStreams, typename T, typename V>
+inline void put_channels(T* to, V v) {
+  write_channels(to, v);
+}
+
+template <typename V>
+inline V pass_where_active(V grad, V y, Act act) {
   if (act == Act::kNone) return grad;
-  return y > 0.0f && (act != Act::kRelu6 || y < 6.0f) ? grad : 0.0f;
+  grad = y > 0.0f ? grad : V{};
+  return act == Act::kRelu6 ? (y < 6.0f ? grad : V{}) : grad;
 }
 inline Vec32 pass_where_active(Vec32 grad, Vec32 y, Act act) { VPNS_EACH(pass_where_active(grad.v[i], y.v[i], act)); }
 #undef VPNS_EACH
@@ -91,38 +115,59 @@ void chunk_moments(const T* x, int64_t pixels, int64_t channels, float* stats) {
   });
 }
 
-// The moments of all pixels from those of the chunks, in double precision and in the order of the chunks.
-inline void join_moments(const BatchNormForward& call, const Chunks& chunks, const float* stats) {
-#pragma omp parallel for num_threads(call.threads) schedule(static)
-  for (int64_t c = 0; c < call.channels; ++c) {
-    double sum = 0, squares = 0;
-    for (int64_t i = 0; i < chunks.count(); ++i)
-      sum += static_cast<double>(stats[2 * i * call.channels + c]) * static_cast<double>(chunks.end(i) - chunks.begin(i));
-    const double mean = sum / static_cast<double>(call.pixels);
-    for (int64_t i = 0; i < chunks.count(); ++i) {
-      const double away = stats[2 * i * call.channels + c] - mean;
-      squares += stats[(2 * i + 1) * call.channels + c] + away * away * static_cast<double>(chunks.end(i) - chunks.begin(i));
-    }
-    call.mean[c] = static_cast<float>(mean);
-    call.variance[c] = static_cast<float>(squares / static_cast<double>(call.pixels));
-  }
+// Calls body(first, count) for the channels in tens or so, side by side, so that what runs over all chunks reads whole
+// cache lines and waits for no sum.
+constexpr int64_t kSideBySide = 16;
+template <typename Body>
+void over_sums(int64_t channels, int threads, const Body& body) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t c = 0; c < channels; c += kSideBySide) body(c, std::min(kSideBySide, channels - c));
 }
 
-template <typename T>
+// The moments of all pixels from those of the chunks, in double precision and in the order of the chunks.
+inline void join_moments(const BatchNormForward& call, const Chunks& chunks, const float* stats) {
+  over_sums(call.channels, call.threads, [&](int64_t first, int64_t count) {
+    double mean[kSideBySide] = {}, squares[kSideBySide] = {};
+    for (int64_t i = 0; i < chunks.count(); ++i) {
+      const float* const means = stats + 2 * i * call.channels + first;
+      const double pixels = static_cast<double>(chunks.end(i) - chunks.begin(i));
+      for (int64_t c = 0; c < count; ++c) mean[c] += static_cast<double>(means[c]) * pixels;
+    }
+    for (int64_t c = 0; c < count; ++c) mean[c] /= static_cast<double>(call.pixels);
+    for (int64_t i = 0; i < chunks.count(); ++i) {
+      const float* const means = stats + 2 * i * call.channels + first;
+      const double pixels = static_cast<double>(chunks.end(i) - chunks.begin(i));
+      for (int64_t c = 0; c < count; ++c) {
+        const double away = means[c] - mean[c];
+        squares[c] += means[call.channels + c] + away * away * pixels;
+      }
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      call.mean[first + c] = static_cast<float>(mean[c]);
+      call.variance[first + c] = static_cast<float>(squares[c] / static_cast<double>(call.pixels));
+    }
+  });
+}
+
+template <typename T, bool kStreams>
 void normalise(const BatchNormForward& call, const Chunks& chunks, const float* scale) {
   const T* x = static_cast<const T*>(call.x);
   const T* residual = static_cast<const T*>(call.residual);
   T* y = static_cast<T*>(call.y);
-#pragma omp parallel for num_threads(call.threads) schedule(static)
-  for (int64_t chunk = 0; chunk < chunks.count(); ++chunk)
-    for (int64_t p = chunks.begin(chunk); p < chunks.end(chunk); ++p)
-      over_channels(call.channels, [&](int64_t c, auto width) {
-        const int64_t at = p * call.channels + c;
-        auto value = (read_channels<width()>(x + at) - read_channels<width()>(call.mean + c)) *
-                         read_channels<width()>(scale + c) + read_channels<width()>(call.bias + c);
-        if (residual != nullptr) value += read_channels<width()>(residual + at);
-        write_channels(y + at, activate(value, call.act));
-      });
+#pragma omp parallel num_threads(call.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < chunks.count(); ++chunk)
+      for (int64_t p = chunks.begin(chunk); p < chunks.end(chunk); ++p)
+        over_channels(call.channels, [&](int64_t c, auto width) {
+          const int64_t at = p * call.channels + c;
+          auto value = (read_channels<width()>(x + at) - read_channels<width()>(call.mean + c)) *
+                           read_channels<width()>(scale + c) + read_channels<width()>(call.bias + c);
+          if (residual != nullptr) value += read_channels<width()>(residual + at);
+          put_channels<kStreams>(y + at, activate(value, call.act));
+        });
+    end_streams();
+  }
 }
 
 inline void scales(const float* weight, const float* variance, float eps, int64_t channels, float* scale) {
@@ -139,7 +184,10 @@ void run_forward(const BatchNormForward& call) {
                   chunks.end(chunk) - chunks.begin(chunk), call.channels, &stats[2 * chunk * call.channels]);
   join_moments(call, chunks, stats.data());
   scales(call.weight, call.variance, call.eps, call.channels, scale.data());
-  normalise<T>(call, chunks, scale.data());
+  if (is_streamed(call.y, call.channels, call.pixels * call.channels * static_cast<int64_t>(sizeof(T))))
+    normalise<T, true>(call, chunks, scale.data());
+  else
+    normalise<T, false>(call, chunks, scale.data());
 }
 
 // Where a ReLU passed is seen from x as well as from y, which then need not be read: all passes are bound by memory.
@@ -175,27 +223,31 @@ void chunk_gradients(const BatchNormBackward& call, const float* scale, int64_t 
 }
 
 // dx = weight / std · (g - Σg / M - (x - mean) / var · Σg(x - mean) / M).
-template <typename T, bool kFromX>
+template <typename T, bool kFromX, bool kStreams>
 void input_gradient(const BatchNormBackward& call, const Chunks& chunks, const float* scale, const float* level,
                     const float* slope) {
   const T *grad = static_cast<const T*>(call.grad), *x = static_cast<const T*>(call.x), *y = static_cast<const T*>(call.y);
   const T* passed = static_cast<const T*>(call.grad_residual);
   T* grad_x = static_cast<T*>(call.grad_x);
-#pragma omp parallel for num_threads(call.threads) schedule(static)
-  for (int64_t chunk = 0; chunk < chunks.count(); ++chunk)
-    for (int64_t p = chunks.begin(chunk); p < chunks.end(chunk); ++p)
-      over_channels(call.channels, [&](int64_t c, auto width) {
-        const int64_t at = p * call.channels + c;
-        const auto away = read_channels<width()>(x + at) - read_channels<width()>(call.mean + c);
-        const auto by = read_channels<width()>(scale + c);
-        auto g = read_channels<width()>((passed != nullptr ? passed : grad) + at);
-        if constexpr (kFromX)
-          g = pass_where_active(g, away * by + read_channels<width()>(call.bias + c), Act::kRelu);
-        else if (passed == nullptr && call.act != Act::kNone)
-          g = pass_where_active(g, read_channels<width()>(y + at), call.act);
-        write_channels(grad_x + at,
-                       (g - read_channels<width()>(level + c) - away * read_channels<width()>(slope + c)) * by);
-      });
+#pragma omp parallel num_threads(call.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < chunks.count(); ++chunk)
+      for (int64_t p = chunks.begin(chunk); p < chunks.end(chunk); ++p)
+        over_channels(call.channels, [&](int64_t c, auto width) {
+          const int64_t at = p * call.channels + c;
+          const auto away = read_channels<width()>(x + at) - read_channels<width()>(call.mean + c);
+          const auto by = read_channels<width()>(scale + c);
+          auto g = read_channels<width()>((passed != nullptr ? passed : grad) + at);
+          if constexpr (kFromX)
+            g = pass_where_active(g, away * by + read_channels<width()>(call.bias + c), Act::kRelu);
+          else if (passed == nullptr && call.act != Act::kNone)
+            g = pass_where_active(g, read_channels<width()>(y + at), call.act);
+          put_channels<kStreams>(
+              grad_x + at, (g - read_channels<width()>(level + c) - away * read_channels<width()>(slope + c)) * by);
+        });
+    end_streams();
+  }
 }
 
 template <typename T, bool kFromX>
@@ -207,19 +259,28 @@ void run_backward(const BatchNormBackward& call) {
 #pragma omp parallel for num_threads(call.threads) schedule(static)
   for (int64_t chunk = 0; chunk < chunks.count(); ++chunk)
     chunk_gradients<T, kFromX>(call, scale.data(), chunks.begin(chunk), chunks.end(chunk), &sums[2 * chunk * channels]);
-  for (int64_t c = 0; c < channels; ++c) {
-    double sum = 0, product = 0;
-    for (int64_t chunk = 0; chunk < chunks.count(); ++chunk) {
-      sum += sums[2 * chunk * channels + c];
-      product += sums[(2 * chunk + 1) * channels + c];
+  over_sums(channels, call.threads, [&](int64_t first, int64_t count) {
+    double sum[kSideBySide] = {}, product[kSideBySide] = {};
+    for (int64_t i = 0; i < chunks.count(); ++i) {
+      const float* const own = &sums[2 * i * channels + first];
+      for (int64_t c = 0; c < count; ++c) {
+        sum[c] += own[c];
+        product[c] += own[channels + c];
+      }
     }
-    const double pixels = static_cast<double>(call.pixels), precision = 1.0 / (static_cast<double>(call.variance[c]) + call.eps);
-    call.grad_bias[c] = static_cast<float>(sum);
-    call.grad_weight[c] = static_cast<float>(product * std::sqrt(precision));
-    level[c] = static_cast<float>(sum / pixels);
-    slope[c] = static_cast<float>(product * precision / pixels);
-  }
-  input_gradient<T, kFromX>(call, chunks, scale.data(), level.data(), slope.data());
+    const double pixels = static_cast<double>(call.pixels);
+    for (int64_t c = 0; c < count; ++c) {
+      const double precision = 1.0 / (static_cast<double>(call.variance[first + c]) + call.eps);
+      call.grad_bias[first + c] = static_cast<float>(sum[c]);
+      call.grad_weight[first + c] = static_cast<float>(product[c] * std::sqrt(precision));
+      level[first + c] = static_cast<float>(sum[c] / pixels);
+      slope[first + c] = static_cast<float>(product[c] * precision / pixels);
+    }
+  });
+  if (is_streamed(call.grad_x, channels, call.pixels * channels * static_cast<int64_t>(sizeof(T))))
+    input_gradient<T, kFromX, true>(call, chunks, scale.data(), level.data(), slope.data());
+  else
+    input_gradient<T, kFromX, false>(call, chunks, scale.data(), level.data(), slope.data());
 }
 
 template <typename T>
@@ -230,13 +291,13 @@ void run_backward(const BatchNormBackward& call) {
 
 }  // namespace
 
-void run_batch_norm_act_avx2(const BatchNormForward& call) {
+void VPNS_RUN_BATCH_NORM_ACT(const BatchNormForward& call) {
   if (call.dtype == DType::kBF16) run_forward<Bf16>(call);
   else if (call.dtype == DType::kF16) run_forward<Fp16>(call);
   else run_forward<float>(call);
 }
 
-void run_batch_norm_act_backward_avx2(const BatchNormBackward& call) {
+void VPNS_RUN_BATCH_NORM_ACT_BACKWARD(const BatchNormBackward& call) {
   if (call.dtype == DType::kBF16) run_backward<Bf16>(call);
   else if (call.dtype == DType::kF16) run_backward<Fp16>(call);
   else run_backward<float>(call);

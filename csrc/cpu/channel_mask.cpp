@@ -6,6 +6,9 @@
 namespace vpns {
 
 void channel_mask(const ChannelMaskForward& call) {
+#if defined(VPNS_WITH_AVX512)
+  if (isa_usable(Isa::kAvx512)) return run_channel_mask_avx512(call);
+#endif
 #if defined(VPNS_WITH_AVX2)
   if (isa_usable(Isa::kAvx2)) return run_channel_mask_avx2(call);
 #endif
@@ -13,6 +16,9 @@ void channel_mask(const ChannelMaskForward& call) {
 }
 
 void channel_mask_backward(const ChannelMaskBackward& call) {
+#if defined(VPNS_WITH_AVX512)
+  if (isa_usable(Isa::kAvx512)) return run_channel_mask_backward_avx512(call);
+#endif
 #if defined(VPNS_WITH_AVX2)
   if (isa_usable(Isa::kAvx2)) return run_channel_mask_backward_avx2(call);
 #endif

@@ -36,6 +36,8 @@ void channel_mask(const ChannelMaskForward& call);
 void channel_mask_backward(const ChannelMaskBackward& call);
 
 void run_channel_mask_avx2(const ChannelMaskForward& call);
+void run_channel_mask_avx512(const ChannelMaskForward& call);
 void run_channel_mask_backward_avx2(const ChannelMaskBackward& call);
+void run_channel_mask_backward_avx512(const ChannelMaskBackward& call);
 
 }  // namespace vpns

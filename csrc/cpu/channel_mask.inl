@@ -43,13 +43,13 @@ void mask_channels_backward(const ChannelMaskBackward& call) {
 
 }  // namespace
 
-void run_channel_mask_avx2(const ChannelMaskForward& call) {
+void VPNS_RUN_CHANNEL_MASK(const ChannelMaskForward& call) {
   if (call.dtype == DType::kBF16) mask_channels<Bf16>(call);
   else if (call.dtype == DType::kF16) mask_channels<Fp16>(call);
   else mask_channels<float>(call);
 }
 
-void run_channel_mask_backward_avx2(const ChannelMaskBackward& call) {
+void VPNS_RUN_CHANNEL_MASK_BACKWARD(const ChannelMaskBackward& call) {
   if (call.dtype == DType::kBF16) mask_channels_backward<Bf16>(call);
   else if (call.dtype == DType::kF16) mask_channels_backward<Fp16>(call);
   else mask_channels_backward<float>(call);

@@ -33,7 +33,7 @@ void depthwise_pixels(const DepthwisePlan& plan, const ConvCall& call, const Out
         if (!is_whole) from = static_cast<const X*>(std::memcpy(last, from, lanes * sizeof(X)));
 #pragma GCC unroll 2
         for (int part = 0; part < kDepthwiseParts; ++part) {
-          const Vec added = sum[m][part] + load_row(from + part * kLanes) * load(weights + part * kLanes);
+          const Vec added = sum[m][part] + load(from + part * kLanes) * load(weights + part * kLanes);
           if (kind == DepthwisePlan::Kept::kAll) {
             sum[m][part] = added;
           } else {
@@ -46,11 +46,20 @@ void depthwise_pixels(const DepthwisePlan& plan, const ConvCall& call, const Out
     }
   }
   const float* const bias = static_cast<const float*>(call.bias);
+  if (bias != nullptr) {
+    alignas(64) float last[16] = {};
+    std::memcpy(last, bias + vector * 16, lanes * sizeof(float));
+    for (int m = 0; m < kPixels; ++m)
+      for (int part = 0; part < kDepthwiseParts; ++part) sum[m][part] += load(last + part * kLanes);
+  }
   for (int m = 0; m < kPixels; ++m) {
+    const int64_t at = call.y_at(s, n, p, q + m) + vector * 16;
     float row[16];
-    for (int part = 0; part < kDepthwiseParts; ++part) store(row + part * kLanes, sum[m][part]);
-    for (int64_t lane = 0; bias != nullptr && lane < lanes; ++lane) row[lane] += bias[vector * 16 + lane];
-    finish_row(out, call.y_at(s, n, p, q + m) + vector * 16, row, lanes);
+    for (int part = 0; part < kDepthwiseParts; ++part) {
+      if (is_whole) finish(out, at + part * kLanes, sum[m][part]);
+      else store(row + part * kLanes, sum[m][part]);
+    }
+    if (!is_whole) finish_row(out, at, row, lanes);
   }
 }
 

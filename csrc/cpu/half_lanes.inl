@@ -18,15 +18,13 @@ struct HalfVec {
   Vec parts[2];
 };
 [[gnu::noinline]] Vec round_to_half(Vec v) {
-  float lanes[kLanes];
   Fp16 halves[kLanes];
-  store(lanes, v);
-  for (int i = 0; i < kLanes; i += 8) store8(halves + i, load8(lanes + i));
-  return load_row(halves);
+  store(halves, v);
+  return load(halves);
 }
 [[gnu::noinline]] HalfVec load_lanes(const _Float16* from) {
   const Fp16* halves = reinterpret_cast<const Fp16*>(from);
-  return {{load_row(halves), load_row(halves + kLanes)}};
+  return {{load(halves), load(halves + kLanes)}};
 }
 [[gnu::noinline]] HalfVec half_broadcast(float value) {
   const Vec rounded = round_to_half(broadcast(value));

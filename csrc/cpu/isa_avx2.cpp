@@ -32,6 +32,10 @@
 #define VPNS_MAX_GRAD_SEGMENT kMaxGradSegmentAvx2
 #define VPNS_RUN_UNSTRUCTURED_GRAD run_unstructured_grad_avx2
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx2
+#define VPNS_RUN_BATCH_NORM_ACT run_batch_norm_act_avx2
+#define VPNS_RUN_BATCH_NORM_ACT_BACKWARD run_batch_norm_act_backward_avx2
+#define VPNS_RUN_CHANNEL_MASK run_channel_mask_avx2
+#define VPNS_RUN_CHANNEL_MASK_BACKWARD run_channel_mask_backward_avx2
 
 namespace vpns {
 namespace {

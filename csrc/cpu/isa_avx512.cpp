@@ -5,11 +5,14 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "cpu/batch_norm_act.h"
+#include "cpu/channel_mask.h"
 #include "cpu/depthwise.h"
 #include "cpu/phases.h"
 #include "cpu/prompt_conv2d.h"
@@ -25,6 +28,10 @@
 #define VPNS_MAX_GRAD_SEGMENT kMaxGradSegmentAvx512
 #define VPNS_RUN_UNSTRUCTURED_GRAD run_unstructured_grad_avx512
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
+#define VPNS_RUN_BATCH_NORM_ACT run_batch_norm_act_avx512
+#define VPNS_RUN_BATCH_NORM_ACT_BACKWARD run_batch_norm_act_backward_avx512
+#define VPNS_RUN_CHANNEL_MASK run_channel_mask_avx512
+#define VPNS_RUN_CHANNEL_MASK_BACKWARD run_channel_mask_backward_avx512
 
 namespace vpns {
 namespace {
@@ -37,6 +44,8 @@ namespace {
 #include "cpu/sparse_conv2d_block.inl"
 #include "cpu/weight_gradient.inl"
 #include "cpu/weight_gradient_vectors.inl"
+#include "cpu/batch_norm_act.inl"
+#include "cpu/channel_mask.inl"
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"
 #include "cpu/depthwise.inl"

@@ -26,22 +26,7 @@ inline void transpose(Vec r[kLanes]) {
   if constexpr (kLanes > 8) transpose_step<8>(r);
 }
 
-template <typename X>
-inline Vec load_row(const X* from) {
-  if constexpr (std::is_same_v<X, float>) return load(from);
-  else {
-    float row[kLanes];
-    for (int i = 0; i < kLanes; i += 8) store8(row + i, load8(from + i));
-    return load(row);
-  }
-}
-
-inline void store_row(float* to, Vec row) { store(to, row); }
-inline void store_row(_Float16* to, Vec v) {
-  float row[kLanes];
-  store(row, v);
-  for (int i = 0; i < kLanes; i += 8) store8(reinterpret_cast<Fp16*>(to) + i, load8(row + i));
-}
+inline void store(_Float16* to, Vec v) { store(reinterpret_cast<Fp16*>(to), v); }
 
 // Channels [0, count) of kLanes pixels (null: padding) become vectors: to[c * channel_stride + lane].
 template <typename X, typename Plane>
@@ -50,10 +35,10 @@ void gather_lanes(const X* const* pixel, int64_t count, Plane* to, int64_t chann
   for (; c + kLanes <= count; c += kLanes) {
     Vec rows[kLanes];
 #pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes; ++lane) rows[lane] = pixel[lane] ? load_row(pixel[lane] + c) : Vec{};
+    for (int lane = 0; lane < kLanes; ++lane) rows[lane] = pixel[lane] ? load(pixel[lane] + c) : Vec{};
     transpose(rows);
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) store_row(to + (c + i) * channel_stride, rows[i]);
+    for (int i = 0; i < kLanes; ++i) store(to + (c + i) * channel_stride, rows[i]);
   }
   for (; c < count; ++c)
     for (int lane = 0; lane < kLanes; ++lane)
@@ -62,17 +47,8 @@ void gather_lanes(const X* const* pixel, int64_t count, Plane* to, int64_t chann
 
 template <typename Y>
 inline void finish(const Output<Y>& out, int64_t at, Vec sums) {
-  if constexpr (std::is_same_v<Y, float>) {
-    if (out.residual != nullptr) sums += load(out.residual + at);
-    if (out.act != Act::kNone) sums = sums < 0.0f ? Vec{} : sums;
-    if (out.act == Act::kRelu6) sums = sums > 6.0f ? Vec{} + 6.0f : sums;
-    store(out.y + at, sums);
-
-  } else {
-    float row[kLanes];
-    store(row, sums);
-    for (int i = 0; i < kLanes; i += 8) finish8(out, at + i, load8(row + i));
-  }
+  if (out.residual != nullptr) sums += load(out.residual + at);
+  store(out.y + at, activate(sums, out.act));
 }
 
 // Vectors back to pixels: from[k * stride + lane] goes to the outputs from target[lane] on (-1: not wanted).

@@ -60,6 +60,51 @@ inline void narrow(Bf16* to, float value) {
   to->bits = static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// A vector of numbers of 16 bits, widened; and one rounded to them.
+#if VPNS_LANES == 16 && defined(__AVX512BW__)
+inline Vec load(const Fp16* from) {
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Vec load(const Bf16* from) {
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (Vec)_mm512_maskz_slli_epi32(0xffff, wide, 16);
+}
+inline __m256i round_to_16(Fp16, __m512 v) {
+  return _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline __m256i round_to_16(Bf16, __m512 v) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40)));
+#endif
+}
+template <typename Y>
+inline void store(Y* to, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), round_to_16(Y{}, (__m512)v));
+}
+#else
+struct Eights {
+  Vec8 of[kLanes / 8];
+};
+template <typename X>
+inline Vec load(const X* from) {
+  Eights eights;
+  for (int i = 0; i < kLanes / 8; ++i) eights.of[i] = load8(from + 8 * i);
+  return __builtin_bit_cast(Vec, eights);
+}
+template <typename Y>
+inline void store(Y* to, Vec v) {
+  const Eights eights = __builtin_bit_cast(Eights, v);
+  for (int i = 0; i < kLanes / 8; ++i) store8(to + 8 * i, eights.of[i]);
+}
+#endif
+
 // Where sums go: y = act(sums + residual), rounded once. A NaN stays a NaN, as in torch.
 template <typename Y>
 struct Output {
@@ -70,15 +115,11 @@ struct Output {
   explicit Output(const ConvCall& call)
       : y(static_cast<Y*>(call.y)), residual(static_cast<const Y*>(call.residual)), act(call.act) {}
 };
-inline Vec8 activate(Vec8 v, Act act) {
+template <typename V>  // a vector or one number
+inline V activate(V v, Act act) {
   if (act == Act::kNone) return v;
-  v = v < 0.0f ? Vec8{} : v;
-  return act == Act::kRelu6 ? (v > 6.0f ? Vec8{} + 6.0f : v) : v;
-}
-inline float activate(float v, Act act) {
-  if (act == Act::kNone) return v;
-  v = v < 0.0f ? 0.0f : v;
-  return act == Act::kRelu6 && v > 6.0f ? 6.0f : v;
+  v = v < 0.0f ? V{} : v;
+  return act == Act::kRelu6 ? (v > 6.0f ? V{} + 6.0f : v) : v;
 }
 template <typename Y>
 void finish8(const Output<Y>& out, int64_t at, Vec8 sums) {

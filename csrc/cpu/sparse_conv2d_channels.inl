@@ -50,18 +50,7 @@ inline void store_lanes(__mmask16 lanes, Fp16* to, __m512 v) {
   _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 inline void store_lanes(__mmask16 lanes, Bf16* to, __m512 v) {
-#if defined(__AVX512BF16__)
-  const __m256i half = (__m256i)_mm512_cvtneps_pbh(v);
-#else
-  const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const __m256i half =
-      _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40)));
-#endif
-  _mm256_mask_storeu_epi16(to, lanes, half);
+  _mm256_mask_storeu_epi16(to, lanes, round_to_16(Bf16{}, v));
 }
 // The outputs themselves, not yet rounded.
 template <typename Y>

@@ -41,7 +41,7 @@ def scale_weights(network: nn.Module, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def prune_randomly(network: nn.Module, pattern: Pattern, density: float, seed: int, x: Tensor) -> nn.Module:
-    """A copy with zeros where a random mask is False; batch norms have the statistics of x.
+    """A copy with zeros where a random mask is False; batch norms have the statistics of images like x.
 
     Every layer keeps round-half-up(density · units) of its units, but the first convolution and depthwise
     ones, which stay dense. Channels are kept by stream of tied channels, the first one among them.
@@ -95,10 +95,16 @@ def _calibrate(network: nn.Module, x: Tensor) -> None:
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
-    # One image with one pixel would have no variance.
-    network(x[:_CALIBRATION_IMAGES] if len(x) > 1 else x.repeat(2, 1, 1, 1))
+    network(_calibration_images(x))
     for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum
+
+
+def _calibration_images(x: Tensor) -> Tensor:
+    """Those of x, filled up with drawn ones: what has shrunk to one pixel has no variance in a single image."""
+    missing = max(0, _CALIBRATION_IMAGES - len(x))
+    drawn = torch.randn(missing, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    return torch.cat([x[:_CALIBRATION_IMAGES], drawn.to(x)])
 
 
 def _is_depthwise(layer: nn.Module) -> bool:
