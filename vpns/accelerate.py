@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vpns.predictor import Predictor
 from vpns.prompt.stem import fuse_stem
 from vpns_kernels.batch_norms import fuse_batch_norms
-from vpns_kernels.choose import query_of, this_machine
+from vpns_kernels.choose import query_of, query_of_kept, this_machine
 from vpns_kernels.choose_training import choose_training
 from vpns_kernels.cost import LayerQuery
 from vpns_kernels.formats import why_not
@@ -134,8 +134,7 @@ def _query(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Laye
     assert isinstance(layer, MaskedConv2d | MaskedLinear)
     block = (layer.pattern.bk, layer.pattern.bc) if isinstance(layer.pattern, Block) else ()
     sizes = (int(layer.mask.sum()), *block)
-    names = str(dtype)[6:], str(layer.weight.dtype)[6:]
-    return LayerQuery(ConvGeometry.from_module(layer), (image[0], *image[2:]), sizes, *names)
+    return query_of_kept(ConvGeometry.from_module(layer), image, sizes, layer.weight, dtype)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from vpns_kernels import native
 from vpns_kernels.choose_gpu import UNMEASURED, gpu_kernel, gpu_refusals
 from vpns_kernels.cost import Estimate, LayerQuery, cost_table, estimate
 from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.ops._cpu import multiplied_dtype
 
 GPU = "gpu"
 # (kernel, why it does not take the layer, or empty), in order of preference.
@@ -130,9 +131,19 @@ def break_even_density(query: LayerQuery, machine: Machine, table: Mapping[str, 
 
 def query_of(geometry: ConvGeometry, shape: Sequence[int], values: Tensor, dtype: torch.dtype) -> LayerQuery:
     """The query of a packed weight for inputs [N, C, H, W] of that shape and dtype."""
+    return query_of_kept(geometry, shape, values.shape, values, dtype)
+
+
+def query_of_kept(
+    geometry: ConvGeometry, shape: Sequence[int], sizes: Sequence[int], weight: Tensor, dtype: torch.dtype
+) -> LayerQuery:
+    """The same of a weight that is not packed yet, and of the sizes that its values would have."""
     images, _, height, width = shape
-    names = str(dtype)[6:], str(values.dtype)[6:]
-    return LayerQuery(geometry, (images, height, width), tuple(values.shape), *names)
+    weight_dtype = weight.dtype
+    if weight.device.type == "cpu":
+        weight_dtype = multiplied_dtype(weight_dtype, dtype, is_single=len(sizes) == 1)
+    names = str(dtype)[6:], str(weight_dtype)[6:]
+    return LayerQuery(geometry, (images, height, width), tuple(sizes), *names)
 
 
 def this_machine(device: torch.device | None = None) -> Machine:

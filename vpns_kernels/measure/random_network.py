@@ -101,7 +101,7 @@ def _calibrate(network: nn.Module, x: Tensor) -> None:
 
 
 def _calibration_images(x: Tensor) -> Tensor:
-    """Those of x, filled up with drawn ones: what has shrunk to one pixel has no variance in a single image."""
+    """Those of x, filled up with drawn ones: in a single image, a single pixel has no variance."""
     missing = max(0, _CALIBRATION_IMAGES - len(x))
     drawn = torch.randn(missing, *x.shape[1:], generator=torch.Generator().manual_seed(0))
     return torch.cat([x[:_CALIBRATION_IMAGES], drawn.to(x)])

@@ -2,7 +2,7 @@
 
 from vpns_kernels.ops._cpu.cache import PreparedCache, input_gradient, prepared_for, weight_gradient
 from vpns_kernels.ops._cpu.gradients import InputGradient, WeightGradient, why_no_weight_gradient
-from vpns_kernels.ops._cpu.prepared import Prepared, why_not
+from vpns_kernels.ops._cpu.prepared import Prepared, multiplied_dtype, why_not
 
 __all__ = [
     "InputGradient",
@@ -10,6 +10,7 @@ __all__ = [
     "PreparedCache",
     "WeightGradient",
     "input_gradient",
+    "multiplied_dtype",
     "prepared_for",
     "weight_gradient",
     "why_no_weight_gradient",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vpns_kernels import native
 from vpns_kernels.geometry import ConvGeometry
-from vpns_kernels.ops._cpu.prepared import DTYPE_NAMES, describe, refill
+from vpns_kernels.ops._cpu.prepared import DTYPE_NAMES, describe, multiplied_dtype, refill
 
 
 def why_no_weight_gradient(x: Tensor, values: Tensor) -> str | None:
@@ -38,7 +38,8 @@ class InputGradient:
         kernel: str = "",
     ) -> None:
         self._x_shape = tuple(x_shape)
-        sizes, weights, _alive = describe(values, layout, geometry, x_shape)
+        self.weight_dtype = multiplied_dtype(values.dtype, dtype, values.dim() == 1, kernel)
+        sizes, weights, _alive = describe(values.to(self.weight_dtype), layout, geometry, x_shape)
         library = native.library()
         self._handle: Any = library.sparse_conv2d_prepare_input_gradient(
             sizes, weights, DTYPE_NAMES[dtype], kernel

@@ -18,6 +18,8 @@ DTYPE_NAMES = {
     torch.float16: "float16",
     torch.float64: "float64",
 }
+# In names of kernels that multiply pairs of bfloat16 numbers.
+_PAIRS = ("bf16", "amx")
 # Asked once: a graph that torch.compile traces cannot call the library.
 _HAS_CHANNEL_KERNEL = native.why_not() is None and any(
     name.startswith("channel_") for name in native.library().sparse_conv2d_kernels()
@@ -39,6 +41,22 @@ def why_not(x: Tensor, values: Tensor, kernel: str = "") -> str | None:
     if values.dim() == 4 and not kernel and (x.dtype == torch.float64 or not _HAS_CHANNEL_KERNEL):
         return "for these channel weights it has the scalar kernel only; they run as a smaller dense layer"
     return native.why_not()
+
+
+def multiplied_dtype(weight: torch.dtype, x: torch.dtype, is_single: bool, kernel: str = "") -> torch.dtype:
+    """The type in which packed weights meet an input: their own, but for blocks and channels in float32.
+
+    Those a bfloat16 input multiplies in bfloat16, at twice the rate or more, where this CPU (or the named
+    kernel) does: autocast rounds dense weights likewise, and search what its masks keep.
+
+    Args:
+        is_single: of unstructured weights, which are multiplied in float32.
+    """
+    if is_single or (weight, x) != (torch.float32, torch.bfloat16):
+        return weight
+    if kernel:
+        return x if any(name in kernel for name in _PAIRS) else weight
+    return x if any(map(native.has_isa, ("avx512_bf16", "amx"))) else weight
 
 
 def describe(
@@ -67,9 +85,9 @@ _Form = TypeVar("_Form")
 
 def refill(form: _Form, values: Tensor) -> _Form | None:
     """A prepared form with other values in its handle; None where its kernel must be prepared anew."""
-    values = values.detach().contiguous()
-    weights = native.library().Weights(values.data_ptr(), DTYPE_NAMES[values.dtype], 0, 0, list(values.shape))
     other: Any = copy(form)
+    values = values.detach().to(other.weight_dtype).contiguous()
+    weights = native.library().Weights(values.data_ptr(), DTYPE_NAMES[values.dtype], 0, 0, list(values.shape))
     other._handle = other._handle.refilled(weights, torch.get_num_threads())
     return None if other._handle is None else other
 
@@ -95,6 +113,8 @@ class Prepared:
         self.output_shape = (images, K, P, Q)
         self._x_shape, self._x_dtype = tuple(x_shape), x_dtype
         self._compute_dtype = values.dtype if values.dtype == torch.float64 else torch.float32
+        self.weight_dtype = multiplied_dtype(values.dtype, x_dtype, values.dim() == 1, kernel)
+        values = values.to(self.weight_dtype)
         sizes, weights, _alive = describe(values, layout, geometry, x_shape)
         library = native.library()
         self.kernel: str = library.sparse_conv2d_choose(sizes, weights, DTYPE_NAMES[x_dtype], kernel)
