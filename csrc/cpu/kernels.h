@@ -35,6 +35,8 @@ class PreparedConv {
   virtual bool takes_any_batch() const { return false; }
   // Whether a call may want some of the output rows alone (ConvCall::first_row), to the same bits.
   virtual bool takes_any_rows() const { return false; }
+  // Whether it runs as fast with another number of threads than it was prepared for (SparseWeights::threads).
+  virtual bool suits_any_threads() const { return true; }
   // The same layer with other values of the same layout, at less cost than preparing it; null where it has no such way.
   virtual std::unique_ptr<PreparedConv> refilled(const SparseWeights&, int /*threads*/) const { return nullptr; }
 };

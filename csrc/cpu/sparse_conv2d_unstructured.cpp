@@ -37,6 +37,8 @@ class PreparedUnstructured final : public PreparedConv {
     for (size_t i = 0; i < parts_->size(); ++i) run_((*parts_)[i], weights_[i].get(), call);
   }
 
+  bool suits_any_threads() const override { return false; }
+
   std::unique_ptr<PreparedConv> refilled(const SparseWeights& weights, int threads) const override {
     return std::make_unique<PreparedUnstructured>(parts_, weights, run_, threads);
   }

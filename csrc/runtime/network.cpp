@@ -86,7 +86,7 @@ Network::Network(const uint8_t* bytes, int64_t size, int64_t segment)
   }
   for (size_t step = 0; step < plan_.steps.size(); ++step) {
     // Made for one image, as the first call may bring it.
-    for_one_.push_back(kernels_[step] == nullptr ? nullptr : &prepared(step, 1));
+    for_one_.push_back(kernels_[step] == nullptr ? nullptr : &prepared(step, 1, 1));
     if (for_one_.back() != nullptr) takes_any_batch_ = for_one_.back()->takes_any_batch() && takes_any_batch_;
   }
   std::vector<StepSpan> groups;
@@ -121,17 +121,20 @@ void Network::set_strips(const std::vector<StepSpan>& groups, int64_t cache_byte
   strip_memory_ = plan_memory(plan_, groups_);
 }
 
-const PreparedConv& Network::prepared(size_t step, int64_t images) const {
+const PreparedConv& Network::prepared(size_t step, int64_t images, int threads) const {
   const std::lock_guard<std::mutex> guard(lock_);
-  for (const int64_t key : {int64_t{0}, images}) {
-    const auto found = prepared_.find({step, key});
-    if (found != prepared_.end()) return *found->second;
-  }
+  for (const int64_t batch : {int64_t{0}, images})
+    for (const int workers : {0, threads}) {
+      const auto found = prepared_.find({step, batch, workers});
+      if (found != prepared_.end()) return *found->second;
+    }
   ConvShape shape = plan_.steps[step].shape;
   shape.N = images;
-  std::unique_ptr<PreparedConv> made = kernels_[step]->prepare(shape, plan_.steps[step].weights);
-  const int64_t key = made->takes_any_batch() ? 0 : images;
-  return *(prepared_[{step, key}] = std::move(made));
+  SparseWeights weights = plan_.steps[step].weights;
+  weights.threads = threads;
+  std::unique_ptr<PreparedConv> made = kernels_[step]->prepare(shape, weights);
+  const int64_t batch = made->takes_any_batch() ? 0 : images;
+  return *(prepared_[{step, batch, made->suits_any_threads() ? 0 : threads}] = std::move(made));
 }
 
 void Network::run(ExecutionContext& context, const std::vector<ImageTensor>& x, const std::vector<ImageTensor>& y,
@@ -265,7 +268,8 @@ void Network::run_op(const Work& work, size_t index) const {
       call.images = work.images;
       call.first_row = work.first_row;
       call.rows = work.rows;
-      return (work.images == 1 ? *for_one_[index] : prepared(index, work.images)).run(call);
+      const bool is_alone = work.images == 1 && work.threads == 1;
+      return (is_alone ? *for_one_[index] : prepared(index, work.images, work.threads)).run(call);
     }
     case PlanOp::kMaxPool:
     case PlanOp::kAvgPool:

@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -79,7 +80,7 @@ class Network {
   void run_strips(const Pass& pass, const StripGroup& group) const;
   void run_step(const Work& work, size_t step) const;
   void run_op(const Work& work, size_t step) const;  // without its curve
-  const PreparedConv& prepared(size_t step, int64_t images) const;
+  const PreparedConv& prepared(size_t step, int64_t images, int threads) const;
 
   Plan plan_;
   MemoryPlan memory_;
@@ -89,8 +90,10 @@ class Network {
   std::vector<const SparseConvKernel*> kernels_;  // by step; null where the step has no weights
   bool takes_any_batch_ = true;
   mutable std::mutex lock_;
-  mutable std::map<std::pair<size_t, int64_t>, std::unique_ptr<PreparedConv>> prepared_;  // by step and images, 0: any
-  std::vector<const PreparedConv*> for_one_;  // by step: what takes one image; null where the step has no weights
+  // By step, images and threads; 0: any.
+  mutable std::map<std::tuple<size_t, int64_t, int>, std::unique_ptr<PreparedConv>> prepared_;
+  // By step: what takes one image, by one thread; null where the step has no weights.
+  std::vector<const PreparedConv*> for_one_;
 };
 
 }  // namespace vpns
