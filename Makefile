@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 VENV_FLAGS := $(if $(TORCH),,--system-site-packages)
 # A torch that is there is not exchanged for the one that a newer package would like.
 CONSTRAINTS := -c $(if $(TORCH),constraints.txt,$(VENV)/own-torch.txt)
+# Two tests at a time; threads that wait for work do not take the other's core.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-all lint build clean
 
@@ -15,12 +17,12 @@ demo: build
 
 # GPU kernels are run in a process of their own: by a GPU, or without one by Triton's interpreter.
 test: build lint
-	$(BIN)/python -m pytest -m "not long"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not long" tests/gpu
+	$(PYTEST) -m "not long"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not long" tests/gpu
 
 test-all: build lint
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/gpu
 
 lint: build
 	$(BIN)/ruff check .
