@@ -6,6 +6,7 @@
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/multiply_rate.h"
 
 namespace py = pybind11;
 
@@ -14,6 +15,15 @@ namespace vpns {
 PYBIND11_MODULE(_native, m) {
   m.def("isa_list", &isa_list, "Instruction sets that may be used now, weakest first.");
   m.def("isa_cap", &isa_cap, py::arg("name"), "Never use anything above this instruction set; empty lifts the cap.");
+  m.def(
+      "multiply_rate",
+      [](const std::string& type, int threads) {
+        const DType of = dtype(type);
+        py::gil_scoped_release release;
+        return multiply_rate(of, threads);
+      },
+      py::arg("dtype"), py::arg("threads"),
+      "Billions of operations a second that threads together do at most; 0 where no instruction multiplies the type.");
 
   m.def(
       "select_threshold",

@@ -17,6 +17,7 @@
 #include "cpu/curves.h"
 #include "cpu/depthwise.h"
 #include "cpu/elementwise.h"
+#include "cpu/multiply_rate.h"
 #include "cpu/phases.h"
 #include "cpu/pooling.h"
 #include "cpu/prompt_conv2d.h"
@@ -36,10 +37,12 @@
 #define VPNS_RUN_BATCH_NORM_ACT_BACKWARD run_batch_norm_act_backward_avx2
 #define VPNS_RUN_CHANNEL_MASK run_channel_mask_avx2
 #define VPNS_RUN_CHANNEL_MASK_BACKWARD run_channel_mask_backward_avx2
+#define VPNS_MULTIPLY_LOOP multiply_loop_avx2
 
 namespace vpns {
 namespace {
 #include "cpu/simd.inl"
+#include "cpu/multiply_rate.inl"
 #include "cpu/lanes.inl"
 #include "cpu/sparse_conv2d_unstructured.inl"
 #include "cpu/weight_gradient_unstructured.inl"

@@ -14,6 +14,7 @@
 #include "cpu/batch_norm_act.h"
 #include "cpu/channel_mask.h"
 #include "cpu/depthwise.h"
+#include "cpu/multiply_rate.h"
 #include "cpu/phases.h"
 #include "cpu/prompt_conv2d.h"
 #include "cpu/scratch.h"
@@ -32,10 +33,12 @@
 #define VPNS_RUN_BATCH_NORM_ACT_BACKWARD run_batch_norm_act_backward_avx512
 #define VPNS_RUN_CHANNEL_MASK run_channel_mask_avx512
 #define VPNS_RUN_CHANNEL_MASK_BACKWARD run_channel_mask_backward_avx512
+#define VPNS_MULTIPLY_LOOP multiply_loop_avx512
 
 namespace vpns {
 namespace {
 #include "cpu/simd.inl"
+#include "cpu/multiply_rate.inl"
 #include "cpu/lanes.inl"
 #include "cpu/sparse_conv2d_unstructured.inl"
 #include "cpu/weight_gradient_unstructured.inl"

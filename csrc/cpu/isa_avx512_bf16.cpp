@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/multiply_rate.h"
 #include "cpu/phases.h"
 #include "cpu/prompt_conv2d.h"
 #include "cpu/scratch.h"
@@ -18,10 +19,12 @@
 
 #define VPNS_LANES 16
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
+#define VPNS_MULTIPLY_LOOP multiply_loop_avx512_bf16
 
 namespace vpns {
 namespace {
 #include "cpu/simd.inl"
+#include "cpu/multiply_rate.inl"
 #include "cpu/sparse_conv2d_channels.inl"
 #include "cpu/sparse_conv2d_block_rows.inl"
 #include "cpu/sparse_conv2d_block.inl"

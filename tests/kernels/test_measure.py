@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vpns_kernels import native
 from vpns_kernels.measure import (
     OPPONENTS,
     Laps,
@@ -28,6 +29,7 @@ from vpns_kernels.measure import (
     measurement_lock,
 )
 from vpns_kernels.measure.fingerprint import source_state
+from vpns_kernels.measure.layer_bench import measure_ceilings
 
 
 class FakeClock:
@@ -320,3 +322,16 @@ def git(folder: Path, *arguments: str) -> str:
         ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True
     )
     return done.stdout.strip()
+
+
+def test_the_rate_of_multiplying_is_that_of_what_may_be_used() -> None:
+    library = native.library()
+    assert measure_ceilings()["float32"] > 1
+    library.isa_cap("scalar")
+    try:
+        assert library.multiply_rate("float32", 1) == library.multiply_rate("bfloat16", 1) == 0.0
+    finally:
+        library.isa_cap("")
+    if native.has_isa("avx512_bf16"):
+        # A pair of products in the time of one.
+        assert library.multiply_rate("bfloat16", 1) > 1.2 * library.multiply_rate("float32", 1)

@@ -70,6 +70,15 @@ def test_activations_of_a_pruned_network_neither_fade_nor_grow() -> None:
     assert float(seen["out"].detach().std()) == pytest.approx(1, abs=0.2)
 
 
+def test_a_single_image_calibrates_as_many_do() -> None:
+    # Of one image that has shrunk to a pixel the variance is 0, and what is left is rounding.
+    network, pattern = scale_weights(Residual()), parse_pattern("unstructured")
+    alone, many = (prune_randomly(network, pattern, 0.5, 0, images(count)[..., :2, :2]) for count in (1, 8))
+    ratio = alone.bn4.running_var / many.bn4.running_var
+    assert float(ratio.min()) > 0.1
+    assert float(ratio.max()) < 10
+
+
 def test_depthwise_layers_stay_dense() -> None:
     assert list(maskable_layers(depthwise())) == ["6", "10"]
 

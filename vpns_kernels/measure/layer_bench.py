@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vpns_kernels import native
 from vpns_kernels.measure.layers import Layer
 from vpns_kernels.measure.opponents import find_opponents, find_sparseprop
 from vpns_kernels.measure.timing import Sample, compare, interleave
@@ -22,7 +23,6 @@ from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
 
 # An output further from dense than this share of the largest is no rounding.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-_GEMM_SIZE = 1024
 _COPY_FLOATS = 1 << 24
 
 
@@ -127,12 +127,13 @@ def bench_selection(layers: Sequence[Layer], density: float, rounds: int) -> dic
 
 
 def measure_ceilings() -> dict[str, float]:
-    """GFLOP/s of torch's matrix product by dtype, all threads together: what this machine can do at all."""
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype) for _ in range(2))
-        rates[str(dtype)[6:]] = 2e-9 * _GEMM_SIZE**3 / _least_seconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
-    return rates
+    """GFLOP/s of multiply-adds in registers by dtype, all threads together: what no kernel here can beat.
+
+    Without instructions for bfloat16 that is multiplied as float32.
+    """
+    rate, threads = native.library().multiply_rate, torch.get_num_threads()
+    full = float(rate("float32", threads))
+    return {"float32": full, "bfloat16": float(rate("bfloat16", threads)) or full}
 
 
 def measure_copy_gb_per_s() -> float:

@@ -48,7 +48,9 @@ def sparse_conv2d(
 
     Args:
         x: [N, C, H, W], any strides; float32, bfloat16, float16 or float64.
-        values, layout: from `formats.pack`, in any of those types; float64 goes with float64 only.
+        values, layout: from `formats.pack`, in any of those types; float64 goes with float64 only. Blocks and
+            channels in float32 are rounded to bfloat16 for a bfloat16 x where this CPU multiplies that, as
+            autocast rounds dense weights; their gradient is float32.
         bias: [K] in the dtype of the values, or None.
         backend: "cpu", "triton" (blocks and channels on a GPU), "compact" (channels), "reference", or "auto"
             for the first that can; one for all passes, or three: of forward, of the gradient of x, of that of
