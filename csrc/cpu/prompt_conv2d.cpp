@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/planes.h"
 #include "cpu/prompt_conv2d_taps.h"
+#include "cpu/sparse_conv2d.h"
 
 namespace vpns {
 namespace {
@@ -123,18 +124,31 @@ void copy_around(const PromptForward& f, const OutputArea& area) {
     }
 }
 
-void run_frame_gradient(const PromptBackward& b, const Kernel& kernel, const float* total) {
+// The weight [K, 3, R, S] by taps, colours and vectors of output channels.
+template <typename Cell, typename Convert>
+std::vector<Cell> by_taps(const PromptBackward& b, int64_t cells, const Convert& convert) {
   const ConvShape& s = b.shape;
-  const int64_t lanes = kernel.lanes, vectors = ceil_div(s.K, lanes), taps = s.R * s.S;
-  std::vector<float> weight(taps * vectors * 3 * lanes, 0.0f);
+  const int64_t vectors = ceil_div(s.K, cells), taps = s.R * s.S;
+  std::vector<Cell> weight(taps * vectors * 3 * cells, Cell{});
   for (int64_t k = 0; k < s.K; ++k)
     for (int64_t c = 0; c < 3; ++c)
       for (int64_t tap = 0; tap < taps; ++tap)
-        weight[((tap * vectors + k / lanes) * 3 + c) * lanes + k % lanes] = b.weight[(k * 3 + c) * taps + tap];
+        weight[((tap * vectors + k / cells) * 3 + c) * cells + k % cells] = convert(b.weight[(k * 3 + c) * taps + tap]);
+  return weight;
+}
+
+void run_frame_gradient(const PromptBackward& b, const Kernel& kernel, const float* total) {
+  const ConvShape& s = b.shape;
   const TapsOfAxis rows = taps_of_axis(s.H, s.P, s.R, s.stride_h, s.pad_h, s.dilation_h);
   const TapsOfAxis columns = taps_of_axis(s.W, s.Q, s.S, s.stride_w, s.pad_w, s.dilation_w);
-  const bool sums_first = b.images.is_framed();
-  kernel.steps().frame_gradient({b, sums_first ? total : b.grad, sums_first ? 1 : s.N, rows, columns, weight.data()});
+  // The sum over the batch is not rounded to bf16.
+  const bool sums_first = b.images.is_framed(), has_pairs = kernel.pairs && !sums_first;
+  const auto run = [&](const void* weight) {
+    kernel.steps().frame_gradient(
+        {b, sums_first ? total : b.grad, sums_first ? 1 : s.N, rows, columns, weight, has_pairs});
+  };
+  if (has_pairs) run(by_taps<uint16_t>(b, 2 * kernel.lanes, float_to_bf16).data());
+  else run(by_taps<float>(b, kernel.lanes, [](float value) { return value; }).data());
 }
 
 // Output pixels of a tile, whose gradient and canvas then stay in the second-level cache.

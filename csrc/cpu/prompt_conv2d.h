@@ -92,7 +92,8 @@ struct FrameGradient {
   const void* grad;  // [images, P, Q, K]
   int64_t images;
   const TapsOfAxis &rows, &columns;
-  const float* weight;  // [R, S][vectors of K][3][lanes], zeros beyond K
+  const void* weight;  // [R, S][vectors of K][3][cells of a vector], zeros beyond K; in float, or in bf16
+  bool has_pairs;      // of bf16, which are multiplied as such
 };
 
 // Outputs of one image whose share in the weight's gradient is summed at a time.

@@ -1,21 +1,27 @@
 // The steps of prompt_conv2d's gradients, for one vector length; after prompt_conv2d.inl and weight_gradient_vectors.inl.
 
-using HalfVec = uint16_t __attribute__((vector_size(kLanes * 2)));
 using WordVec = uint32_t __attribute__((vector_size(kLanes * 4)));
 
-inline Vec load_wide(const float* from) { return load(from); }
-inline Vec load_wide(const Bf16* from) {
-  HalfVec half;
-  std::memcpy(&half, from, sizeof half);
-  return (Vec)(__builtin_convertvector(half, WordVec) << 16);
-}
-// The first `count` lanes; zeros behind them.
+// The first `count` numbers; zeros behind them.
 template <typename X>
-inline Vec load_wide(const X* from, int64_t count) {
-  if (count >= kLanes) return load_wide(from);
+inline Vec load_first(const X* from, int64_t count) {
+  if (count >= kLanes) return load(from);
   X some[kLanes] = {};
   std::memcpy(some, from, count * sizeof(X));
-  return load_wide(some);
+  return load(some);
+}
+
+// A vector of cells, as multiply_add takes them: numbers in float, or pairs of bf16.
+template <typename Cell, typename X>
+inline Vec load_cells(const X* from, int64_t count) {
+  if constexpr (sizeof(Cell) == 4) {
+    return load_first(from, count);
+  } else {
+    static_assert(std::is_same_v<X, Cell>);
+    Vec cells{};
+    std::memcpy(&cells, from, std::min<int64_t>(count, 2 * kLanes) * sizeof(X));
+    return cells;
+  }
 }
 
 template <typename X>
@@ -27,7 +33,7 @@ void sum_images(const PromptBackward& call, const OutputArea& inner, float* tota
     for (int64_t n = 1; n < s.N; ++n) {
       from += s.P * s.Q * s.K;
       int64_t i = begin;
-      for (; i + kLanes <= end; i += kLanes) store(total + i, load(total + i) + load_wide(from + i));
+      for (; i + kLanes <= end; i += kLanes) store(total + i, load(total + i) + load(from + i));
       for (; i < end; ++i) total[i] += widen(from[i]);
     }
   };
@@ -63,36 +69,37 @@ inline void sum_lanes(const Vec* v, float (&to)[kCount]) {
 
 // What three colours of kPixels pixels receive from one image: (h, w) and those one, two, ... strides further, which
 // have the same taps.
-template <int kPixels, typename X>
+template <int kPixels, typename Cell, typename X>
 inline void pixel_gradients(const FrameGradient& step, const X* grad, int64_t h, int64_t w,
                             float (&found)[kPixels * 3]) {
+  constexpr int64_t kCells = 4 / sizeof(Cell) * kLanes;  // of a vector
   const ConvShape& s = step.call.shape;
-  const int64_t whole = s.K / kLanes * kLanes, taps_floats = (s.K + kLanes - 1) / kLanes * 3 * kLanes;
+  const int64_t whole = s.K / kCells * kCells, tap_cells = (s.K + kCells - 1) / kCells * 3 * kCells;
   Vec sum[kPixels * 3] = {};
-  const auto add = [&](const X* from, const float* weight, int64_t channels) {
+  const auto add = [&](const X* from, const Cell* weight, int64_t channels) {
     Vec g[kPixels];
 #pragma GCC unroll 4
-    for (int m = 0; m < kPixels; ++m) g[m] = load_wide(from + m * s.K, channels);
+    for (int m = 0; m < kPixels; ++m) g[m] = load_cells<Cell>(from + m * s.K, channels);
 #pragma GCC unroll 3
     for (int c = 0; c < 3; ++c) {
-      const Vec factor = load(weight + c * kLanes);
+      const Vec factor = load_cells<Cell>(weight + c * kCells, kCells);
 #pragma GCC unroll 4
-      for (int m = 0; m < kPixels; ++m) sum[m * 3 + c] += g[m] * factor;
+      for (int m = 0; m < kPixels; ++m) sum[m * 3 + c] = multiply_add(Cell{}, g[m], factor, sum[m * 3 + c]);
     }
   };
   for (int64_t i = step.rows.first[h]; i < step.rows.first[h + 1]; ++i)
     for (int64_t j = step.columns.first[w]; j < step.columns.first[w + 1]; ++j) {
       const TapsOfAxis::Tap row = step.rows.taps[i], column = step.columns.taps[j];
       const X* from = grad + (row.output * s.Q + column.output) * s.K;
-      const float* weight = step.weight + (row.tap * s.S + column.tap) * taps_floats;
-      for (int64_t k = 0; k < whole; k += kLanes) add(from + k, weight + 3 * k, kLanes);
+      const Cell* weight = static_cast<const Cell*>(step.weight) + (row.tap * s.S + column.tap) * tap_cells;
+      for (int64_t k = 0; k < whole; k += kCells) add(from + k, weight + 3 * k, kCells);
       if (whole < s.K) add(from + whole, weight + 3 * whole, s.K - whole);
     }
   sum_lanes(sum, found);
 }
 
 // Adds what kPixels pixels of a row receive from image n, where its colours pass the clamp.
-template <int kPixels, typename X>
+template <int kPixels, typename Cell, typename X>
 void add_pixels(const FrameGradient& step, const X* grad, int64_t n, int64_t h, int64_t w, float* row) {
   const PromptedImages& images = step.call.images;
   const ConvShape& s = step.call.shape;
@@ -110,17 +117,17 @@ void add_pixels(const FrameGradient& step, const X* grad, int64_t n, int64_t h, 
   }
   if (!any) return;
   float found[kPixels * 3];
-  pixel_gradients<kPixels>(step, grad, h, w, found);
+  pixel_gradients<kPixels, Cell>(step, grad, h, w, found);
   for (int i = 0; i < kPixels * 3; ++i)
     if (passes[i]) row[(w + i / 3 * s.stride_w) * 3 + i % 3] += found[i];
 }
 
-template <typename X>
+template <typename Cell, typename X>
 void frame_gradient(const FrameGradient& step) {
   const PromptBackward& call = step.call;
   const ConvShape& s = call.shape;
   const int64_t frame = call.images.frame;
-  constexpr std::array add = {add_pixels<1, X>, add_pixels<2, X>, add_pixels<3, X>, add_pixels<4, X>};
+  constexpr std::array add = {add_pixels<1, Cell, X>, add_pixels<2, Cell, X>, add_pixels<3, Cell, X>, add_pixels<4, Cell, X>};
   static_assert(add.size() == kPixelsAlike);
   const auto add_columns = [&](const X* grad, int64_t n, int64_t h, int64_t begin, int64_t end) {
     float* const row = call.grad_canvas + h * s.W * 3;
@@ -176,9 +183,9 @@ void lay_out_gradient(const ConvShape& s, const X* grad, const OutputArea& area,
     for (int64_t q = area.q0; q < area.q1; q += kPixels) {
       const X* from = grad + (p * s.Q + q) * s.K + k;
       for (int v = 0; v < kVectors; ++v, to += kLanes) {
-        Vec word = load_wide(from + v * kLanes, s.K - k - v * kLanes);
+        Vec word = load_first(from + v * kLanes, s.K - k - v * kLanes);
         if constexpr (kPixels == 2) {
-          const Vec second = q + 1 < area.q1 ? load_wide(from + s.K + v * kLanes, s.K - k - v * kLanes) : Vec{};
+          const Vec second = q + 1 < area.q1 ? load_first(from + s.K + v * kLanes, s.K - k - v * kLanes) : Vec{};
           word = (Vec)((WordVec)word >> 16 | (WordVec)second);
         }
         store(to, word);
@@ -259,8 +266,10 @@ PromptSteps prompt_steps() {
     else sum_images<float>(call, inner, total);
   };
   const auto frame = [](const FrameGradient& step) {
-    if (!step.call.images.is_framed() && step.call.grad_dtype == DType::kBF16) frame_gradient<Bf16>(step);
-    else frame_gradient<float>(step);
+    if constexpr (sizeof(Cell) == 2)
+      if (step.has_pairs) return frame_gradient<Bf16, Bf16>(step);
+    if (!step.call.images.is_framed() && step.call.grad_dtype == DType::kBF16) frame_gradient<float, Bf16>(step);
+    else frame_gradient<float, float>(step);
   };
   const auto weight = [](const WeightGradient& step) {
     if constexpr (sizeof(Cell) == 2) weight_gradient<Cell, Bf16>(step);
