@@ -1,8 +1,10 @@
 #include "cpu/prompt_conv2d.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <memory>
+#include <numeric>
 
 #include "checks.h"
 #include "cpu/huge_pages.h"
@@ -124,31 +126,43 @@ void copy_around(const PromptForward& f, const OutputArea& area) {
     }
 }
 
-// The weight [K, 3, R, S] by taps, colours and vectors of output channels.
-template <typename Cell, typename Convert>
-std::vector<Cell> by_taps(const PromptBackward& b, int64_t cells, const Convert& convert) {
-  const ConvShape& s = b.shape;
-  const int64_t vectors = ceil_div(s.K, cells), taps = s.R * s.S;
-  std::vector<Cell> weight(taps * vectors * 3 * cells, Cell{});
-  for (int64_t k = 0; k < s.K; ++k)
-    for (int64_t c = 0; c < 3; ++c)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        weight[((tap * vectors + k / cells) * 3 + c) * cells + k % cells] = convert(b.weight[(k * 3 + c) * taps + tap]);
-  return weight;
-}
-
 void run_frame_gradient(const PromptBackward& b, const Kernel& kernel, const float* total) {
   const ConvShape& s = b.shape;
   const TapsOfAxis rows = taps_of_axis(s.H, s.P, s.R, s.stride_h, s.pad_h, s.dilation_h);
-  const TapsOfAxis columns = taps_of_axis(s.W, s.Q, s.S, s.stride_w, s.pad_w, s.dilation_w);
   // The sum over the batch is not rounded to bf16.
   const bool sums_first = b.images.is_framed(), has_pairs = kernel.pairs && !sums_first;
-  const auto run = [&](const void* weight) {
-    kernel.steps().frame_gradient(
-        {b, sums_first ? total : b.grad, sums_first ? 1 : s.N, rows, columns, weight, has_pairs});
-  };
-  if (has_pairs) run(by_taps<uint16_t>(b, 2 * kernel.lanes, float_to_bf16).data());
-  else run(by_taps<float>(b, kernel.lanes, [](float value) { return value; }).data());
+  std::vector<int64_t> order(s.R), places(s.R);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&s](int64_t a, int64_t b) {
+    return a * s.dilation_h % s.stride_h < b * s.dilation_h % s.stride_h;
+  });
+  for (int64_t place = 0; place < s.R; ++place) places[order[place]] = place;
+  const bool is_run = s.dilation_w == 1;
+  const int64_t floats = 2 * kernel.lanes, run_floats = is_run ? 3 * s.S : 3;
+  FrameGradient step{b,
+                     sums_first ? total : b.grad,
+                     sums_first ? 1 : s.N,
+                     rows,
+                     places,
+                     has_pairs,
+                     ceil_div(s.K, has_pairs ? 2 : 1),
+                     is_run ? 1 : s.S,
+                     run_floats,
+                     ceil_div(run_floats, floats),
+                     nullptr};
+  std::vector<uint32_t> weight(step.runs * step.parts * s.R * step.words * floats, 0);
+  for (int64_t k = 0; k < s.K; ++k)
+    for (int64_t r = 0; r < s.R; ++r)
+      for (int64_t i = 0; i < 3 * s.S; ++i) {
+        const int64_t run = i / run_floats, in_run = i % run_floats;
+        const int64_t row = ((run * step.parts + in_run / floats) * s.R + places[r]) * step.words;
+        const float value = b.weight[(k * 3 + i % 3) * s.R * s.S + r * s.S + i / 3];
+        uint32_t& word = weight[(row + (has_pairs ? k / 2 : k)) * floats + in_run % floats];
+        if (has_pairs) word |= static_cast<uint32_t>(float_to_bf16(value)) << (k % 2 * 16);
+        else word = std::bit_cast<uint32_t>(value);
+      }
+  step.weight = weight.data();
+  kernel.steps().frame_gradient(step);
 }
 
 // Output pixels of a tile, whose gradient and canvas then stay in the second-level cache.

@@ -73,27 +73,26 @@ std::vector<std::string> prompt_conv2d_kernels(bool emulated);
 
 // From here on: what the steps of prompt_conv2d.inl and prompt_conv2d_gradients.inl share with the file that calls them.
 
-// At most so many pixels at a time receive their gradient: with three colours each, their sums stay in registers.
-constexpr int64_t kPixelsAlike = 4;
-
-// Which taps read a row (or column) of the canvas, and for which outputs.
+// Which taps read a row of the canvas, and for which outputs.
 struct TapsOfAxis {
   struct Tap {
     int32_t tap, output;
   };
   std::vector<int64_t> first;  // [extent + 1]
   std::vector<Tap> taps;
-  // [extent]: so many rows, each a stride further, have the same taps, for one output after the other.
-  std::vector<int64_t> alike;
 };
 
+// A filter's row of taps side by side is a run of floats of a canvas row; dilated taps are runs of three each.
 struct FrameGradient {
   const PromptBackward& call;
   const void* grad;  // [images, P, Q, K]
   int64_t images;
-  const TapsOfAxis &rows, &columns;
-  const void* weight;  // [R, S][vectors of K][3][cells of a vector], zeros beyond K; in float, or in bf16
-  bool has_pairs;      // of bf16, which are multiplied as such
+  const TapsOfAxis& rows;
+  const std::vector<int64_t>& places;  // [R]: rows of taps that read the same rows of the canvas lie side by side
+  bool has_pairs;                      // words are pairs of bf16, else floats
+  int64_t words;                       // of K output channels
+  int64_t runs, run_floats, parts;     // of a row of taps; a part is two vectors
+  const uint32_t* weight;              // [runs][parts][R by place][words][two vectors], zeros where there is no weight
 };
 
 // Outputs of one image whose share in the weight's gradient is summed at a time.

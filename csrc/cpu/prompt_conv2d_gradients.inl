@@ -11,19 +11,6 @@ inline Vec load_first(const X* from, int64_t count) {
   return load(some);
 }
 
-// A vector of cells, as multiply_add takes them: numbers in float, or pairs of bf16.
-template <typename Cell, typename X>
-inline Vec load_cells(const X* from, int64_t count) {
-  if constexpr (sizeof(Cell) == 4) {
-    return load_first(from, count);
-  } else {
-    static_assert(std::is_same_v<X, Cell>);
-    Vec cells{};
-    std::memcpy(&cells, from, std::min<int64_t>(count, 2 * kLanes) * sizeof(X));
-    return cells;
-  }
-}
-
 template <typename X>
 void sum_images(const PromptBackward& call, const OutputArea& inner, float* total) {
   const ConvShape& s = call.shape;
@@ -46,111 +33,131 @@ void sum_images(const PromptBackward& call, const OutputArea& inner, float* tota
   }
 }
 
-inline Vec8 fold(Vec v) {
-  Vec8 parts[kLanes / 8];
-  std::memcpy(parts, &v, sizeof v);
-  return kLanes == 8 ? parts[0] : parts[0] + parts[kLanes / 8 - 1];
-}
-
-// The sum over the lanes of each vector.
-template <int kCount>
-inline void sum_lanes(const Vec* v, float (&to)[kCount]) {
-#pragma GCC unroll 2
-  for (int first = 0; first < kCount; first += 8) {
-    Vec8 r[8] = {};
-#pragma GCC unroll 8
-    for (int i = 0; i < std::min(kCount - first, 8); ++i) r[i] = fold(v[first + i]);
-    transpose8(r);
-    float sums[8];
-    store8(sums, ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7])));
-    for (int i = 0; i < std::min(kCount - first, 8); ++i) to[first + i] = sums[i];
+// to[i] += from[i] for the first `count` of two vectors. The others stay, whatever a NaN made of a weight of zero.
+inline void add_first(const float* from, int64_t count, float* to) {
+  using IntVec = int32_t __attribute__((vector_size(kLanes * 4)));
+  constexpr auto kLane = []<int... I>(std::integer_sequence<int, I...>) { return IntVec{I...}; };
+  for (int64_t v = 0; v < count; v += kLanes) {
+    const Vec before = load(to + v), after = before + load(from + v);
+    const IntVec lane = kLane(std::make_integer_sequence<int, kLanes>{});
+    store(to + v, lane < static_cast<int32_t>(count - v) ? after : before);
   }
 }
 
-// What three colours of kPixels pixels receive from one image: (h, w) and those one, two, ... strides further, which
-// have the same taps.
-template <int kPixels, typename Cell, typename X>
-inline void pixel_gradients(const FrameGradient& step, const X* grad, int64_t h, int64_t w,
-                            float (&found)[kPixels * 3]) {
-  constexpr int64_t kCells = 4 / sizeof(Cell) * kLanes;  // of a vector
+// What a row of the canvas receives from the columns [begin, end) of the outputs. `taps`: by row of taps that reads it,
+// where the row of outputs lies; `place` is the first one's among the weights; `sums` has room for two vectors of each
+// output.
+template <typename Cell>
+void add_products(const FrameGradient& step, const Cell* grad, const std::vector<BlockRun>& taps, int64_t place,
+                  int64_t begin, int64_t end, float* sums, float* row) {
+  constexpr int64_t kFloats = 2 * kLanes;
   const ConvShape& s = step.call.shape;
-  const int64_t whole = s.K / kCells * kCells, tap_cells = (s.K + kCells - 1) / kCells * 3 * kCells;
-  Vec sum[kPixels * 3] = {};
-  const auto add = [&](const X* from, const Cell* weight, int64_t channels) {
-    Vec g[kPixels];
-#pragma GCC unroll 4
-    for (int m = 0; m < kPixels; ++m) g[m] = load_cells<Cell>(from + m * s.K, channels);
-#pragma GCC unroll 3
-    for (int c = 0; c < 3; ++c) {
-      const Vec factor = load_cells<Cell>(weight + c * kCells, kCells);
-#pragma GCC unroll 4
-      for (int m = 0; m < kPixels; ++m) sum[m * 3 + c] = multiply_add(Cell{}, g[m], factor, sum[m * 3 + c]);
+  const int64_t pitch = step.words * (4 / sizeof(Cell)), skip = 3 * s.stride_w;
+  // Outputs whose sums do not meet: to read what has just been written in part takes long.
+  const int64_t apart = (kFloats + skip - 1) / skip;
+  int64_t pixel[kBlockPixels];
+  for (int64_t run = 0; run < step.runs; ++run)
+    for (int64_t part = 0; part < step.parts; ++part) {
+      const int64_t first = part * kFloats, count = std::min(kFloats, step.run_floats - first);
+      const uint32_t* weights = step.weight + ((run * step.parts + part) * s.R + place) * step.words * kFloats;
+      for (int64_t q = begin; q < end; q += kBlockPixels) {
+        const int64_t pixels = std::min<int64_t>(kBlockPixels, end - q);
+        for (int64_t m = 0; m < pixels; ++m) pixel[m] = (q + m) * pitch;
+        kMultiplyRuns<Cell, float>[pixels - 1]({grad, pixel, taps.data(), static_cast<int64_t>(taps.size()), weights,
+                                                sums + (q - begin) * kFloats, false, {}});
+      }
+      float* const to = row + run * s.dilation_w * 3 + first;
+      for (int64_t start = begin; start < std::min(begin + apart, end); ++start)
+        for (int64_t q = start; q < end; q += apart) add_first(sums + (q - begin) * kFloats, count, to + q * skip);
     }
+}
+
+// Adds what columns [begin, end) of a row of the canvas receive from image n, where its colours pass the clamp: chance
+// decides that, so nothing branches on it. `values` has room for the row and a vector.
+inline void add_passing(const PromptedImages& images, int64_t n, int64_t h, int64_t begin, int64_t end, const float* from,
+                        float* values, float* to) {
+  const int64_t first = 3 * begin, last = 3 * end;
+  if (images.raw == nullptr) {
+    for (int64_t i = first; i < last; ++i) to[i] += from[i];
+    return;
+  }
+  const auto read_row = [&](const auto* image) {
+    image += n * images.stride_n + h * images.stride_h;
+    for (int64_t w = begin; w < end; ++w)
+      for (int64_t c = 0; c < 3; ++c)
+        values[3 * w + c] = static_cast<float>(image[w * images.stride_w + c * images.stride_c]);
   };
-  for (int64_t i = step.rows.first[h]; i < step.rows.first[h + 1]; ++i)
-    for (int64_t j = step.columns.first[w]; j < step.columns.first[w + 1]; ++j) {
-      const TapsOfAxis::Tap row = step.rows.taps[i], column = step.columns.taps[j];
-      const X* from = grad + (row.output * s.Q + column.output) * s.K;
-      const Cell* weight = static_cast<const Cell*>(step.weight) + (row.tap * s.S + column.tap) * tap_cells;
-      for (int64_t k = 0; k < whole; k += kCells) add(from + k, weight + 3 * k, kCells);
-      if (whole < s.K) add(from + whole, weight + 3 * whole, s.K - whole);
-    }
-  sum_lanes(sum, found);
-}
-
-// Adds what kPixels pixels of a row receive from image n, where its colours pass the clamp.
-template <int kPixels, typename Cell, typename X>
-void add_pixels(const FrameGradient& step, const X* grad, int64_t n, int64_t h, int64_t w, float* row) {
-  const PromptedImages& images = step.call.images;
-  const ConvShape& s = step.call.shape;
-  bool passes[kPixels * 3];
-  bool any = false;
-  for (int i = 0; i < kPixels * 3; ++i) {
-    const int64_t c = i % 3, col = w + i / 3 * s.stride_w;
-    passes[i] = true;
-    if (images.raw != nullptr) {
-      const int64_t at = n * images.stride_n + c * images.stride_c + h * images.stride_h + col * images.stride_w;
-      const float value = prompt_pixel(images, at) + images.raw[(h * s.W + col) * 3 + c];
-      passes[i] = value >= 0.0f && value <= 1.0f;
-    }
-    any = any || passes[i];
+  if (images.is_uint8) read_row(static_cast<const uint8_t*>(images.image));
+  else read_row(static_cast<const float*>(images.image));
+  const float unit = images.is_uint8 ? 255.0f : 1.0f;
+  const float* const raw = images.raw + h * images.W * 3;
+  int64_t i = first;
+  for (; i + kLanes <= last; i += kLanes) {
+    const Vec value = load(values + i) / unit + load(raw + i), before = load(to + i), after = before + load(from + i);
+    store(to + i, value >= 0.0f & value <= 1.0f ? after : before);
   }
-  if (!any) return;
-  float found[kPixels * 3];
-  pixel_gradients<kPixels, Cell>(step, grad, h, w, found);
-  for (int i = 0; i < kPixels * 3; ++i)
-    if (passes[i]) row[(w + i / 3 * s.stride_w) * 3 + i % 3] += found[i];
+  for (; i < last; ++i) {
+    const float value = values[i] / unit + raw[i];
+    to[i] += value >= 0.0f && value <= 1.0f ? from[i] : 0.0f;
+  }
 }
 
 template <typename Cell, typename X>
 void frame_gradient(const FrameGradient& step) {
   const PromptBackward& call = step.call;
   const ConvShape& s = call.shape;
-  const int64_t frame = call.images.frame;
-  constexpr std::array add = {add_pixels<1, Cell, X>, add_pixels<2, Cell, X>, add_pixels<3, Cell, X>, add_pixels<4, Cell, X>};
-  static_assert(add.size() == kPixelsAlike);
-  const auto add_columns = [&](const X* grad, int64_t n, int64_t h, int64_t begin, int64_t end) {
-    float* const row = call.grad_canvas + h * s.W * 3;
-    for (int64_t first = begin; first < std::min(begin + s.stride_w, end); ++first)
-      for (int64_t w = first; w < end;) {
-        const int64_t pixels = std::min(step.columns.alike[w], (end - 1 - w) / s.stride_w + 1);
-        add[pixels - 1](step, grad, n, h, w, row);
-        w += pixels * s.stride_w;
-      }
-  };
+  const int64_t frame = call.images.frame, pitch = step.words * static_cast<int64_t>(4 / sizeof(Cell));
+  const bool is_laid_out = std::is_same_v<Cell, X> && pitch == s.K;
+  // Outputs that see the frame's left side, and from where on its right one.
+  const int64_t left = frame == 0 ? 0 : std::min((frame - 1 + s.pad_w) / s.stride_w + 1, s.Q);
+  const int64_t unseen = std::max<int64_t>(s.W - frame + s.pad_w - (s.S - 1) * s.dilation_w, 0);
+  const int64_t right = frame == 0 ? s.Q : std::clamp((unseen + s.stride_w - 1) / s.stride_w, left, s.Q);
+  // With the columns of zeros on either side, and room for whole vectors.
+  const int64_t row_floats = (s.W + 2 * s.pad_w) * 3 + 2 * kLanes;
+  const int64_t sum_floats = s.Q * 2 * kLanes, row_cells = s.Q * pitch;
+  const int64_t cell_floats = is_laid_out ? 0 : s.R * row_cells * static_cast<int64_t>(sizeof(Cell)) / 4;
   // A few rows of the canvas read much the same rows of an image's gradient.
   constexpr int64_t kRows = 4;
-#pragma omp parallel for num_threads(call.threads) schedule(dynamic, 1)
-  for (int64_t first = 0; first < s.H; first += kRows) {
-    const int64_t last = std::min(first + kRows, s.H);
-    zero_cells(call.grad_canvas + first * s.W * 3, 3 * s.W * (last - first));
-    for (int64_t n = 0; n < step.images; ++n) {
-      const X* grad = static_cast<const X*>(step.grad) + n * s.P * s.Q * s.K;
-      for (int64_t h = first; h < last; ++h) {
-        const bool on_frame = h < frame || h >= s.H - frame;
-        add_columns(grad, n, h, 0, on_frame ? s.W : frame);
-        if (!on_frame) add_columns(grad, n, h, s.W - frame, s.W);
+#pragma omp parallel num_threads(call.threads)
+  {
+    float* const sums = thread_scratch(sum_floats + 2 * row_floats + cell_floats);
+    float *const row = sums + sum_floats, *const values = row + row_floats;
+    Cell* const laid_out = reinterpret_cast<Cell*>(values + row_floats);
+    std::vector<BlockRun> taps;
+    // The rows of outputs that read row h, and where they lie: in the image's gradient itself, where cells are its numbers.
+    const auto find_rows = [&](const X* image, int64_t h) -> const Cell* {
+      taps.clear();
+      for (int64_t i = step.rows.first[h]; i < step.rows.first[h + 1]; ++i) {
+        const int64_t p = step.rows.taps[i].output, slot = i - step.rows.first[h];
+        taps.push_back({(is_laid_out ? p : slot) * row_cells, step.words});
+        for (int64_t q = 0; q < s.Q && !is_laid_out; ++q) {
+          Cell* const to = laid_out + slot * row_cells + q * pitch;
+          copy_cells(image + (p * s.Q + q) * s.K, s.K, to);
+          zero_cells(to + s.K, pitch - s.K);
+        }
       }
+      if constexpr (std::is_same_v<Cell, X>)
+        if (is_laid_out) return image;
+      return laid_out;
+    };
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t first = 0; first < s.H; first += kRows) {
+      const int64_t last = std::min(first + kRows, s.H);
+      zero_cells(call.grad_canvas + first * s.W * 3, 3 * s.W * (last - first));
+      for (int64_t n = 0; n < step.images && frame > 0; ++n)
+        for (int64_t h = first; h < last; ++h) {
+          const Cell* const grad = find_rows(static_cast<const X*>(step.grad) + n * s.P * s.Q * s.K, h);
+          if (taps.empty()) continue;
+          const int64_t place = step.places[step.rows.taps[step.rows.first[h]].tap];
+          const bool on_frame = h < frame || h >= s.H - frame;
+          zero_cells(row, row_floats);
+          add_products(step, grad, taps, place, 0, on_frame ? s.Q : left, sums, row);
+          if (!on_frame) add_products(step, grad, taps, place, right, s.Q, sums, row);
+          float* const to = call.grad_canvas + h * s.W * 3;
+          const float* const from = row + s.pad_w * 3;
+          add_passing(call.images, n, h, 0, on_frame ? s.W : frame, from, values, to);
+          if (!on_frame) add_passing(call.images, n, h, s.W - frame, s.W, from, values, to);
+        }
     }
   }
 }

@@ -42,20 +42,6 @@ TapsOfAxis taps_of_axis(int64_t extent, int64_t outputs, int64_t taps, int64_t s
     }
   }
   axis.first.push_back(static_cast<int64_t>(axis.taps.size()));
-  const auto same_taps = [&axis](int64_t at, int64_t other, int32_t further) {
-    const auto begin = axis.taps.begin() + axis.first[at], end = axis.taps.begin() + axis.first[at + 1];
-    return std::equal(begin, end, axis.taps.begin() + axis.first[other], axis.taps.begin() + axis.first[other + 1],
-                      [further](const TapsOfAxis::Tap& a, const TapsOfAxis::Tap& b) {
-                        return a.tap == b.tap && a.output + further == b.output;
-                      });
-  };
-  for (int64_t at = 0; at < extent; ++at) {
-    int64_t alike = 1;
-    while (alike < kPixelsAlike && at + alike * stride < extent &&
-           same_taps(at, at + alike * stride, static_cast<int32_t>(alike)))
-      ++alike;
-    axis.alike.push_back(alike);
-  }
   return axis;
 }
 

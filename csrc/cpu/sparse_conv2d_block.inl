@@ -20,19 +20,6 @@ inline Vec multiply_add(Bf16, uint32_t x, Vec w, Vec sum) {
 }
 #endif
 
-// The same for a word of the input in each lane.
-inline Vec multiply_add(float, Vec x, Vec w, Vec sum) { return sum + x * w; }
-inline Vec multiply_add(Bf16, Vec x, Vec w, Vec sum) {
-#if defined(__AVX512BF16__)
-  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
-#else
-  using Words = uint32_t __attribute__((vector_size(kLanes * 4)));
-  const Words a = (Words)x, b = (Words)w;
-  sum += (Vec)(a & 0xffff0000u) * (Vec)(b & 0xffff0000u);
-  return sum + (Vec)(a << 16) * (Vec)(b << 16);
-#endif
-}
-
 // Some output pixels × a group of runs.
 struct BlockTile {
   const void* x;         // base of the planes
