@@ -14,6 +14,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from bench.readme_experiments import find_experiments, render_experiments, render_prompts
+from bench.readme_goals import render_goals
 from bench.readme_source import link, where
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         "docs/results.md": {
             "experiments": render_experiments(experiments),
             "prompts": render_prompts(RESULTS),
+            "goals": render_goals(RESULTS),
         },
     }
     stale = []
