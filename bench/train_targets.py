@@ -64,9 +64,7 @@ def targets(parts: Mapping[str, Sequence[Row]]) -> list[Row]:
     steps, layers, ops, runs = (list(parts.get(name, ())) for name in ("steps", "layers", "ops", "runs"))
     found = [_step_goal(steps, goal, density) for goal in STEPS for density in goal[5]]
     found += [_layer_goal(layers, phase, density) for phase in LAYERS for density in LAYERS[phase]]
-    why = "SparseProp is not installed"
-    found.append(_goal("training kernels, unstructured float32, against SparseProp", None, SPARSEPROP, why))
-    found += [*_prompt_goals(ops), _selection_goal(ops)]
+    found += [_sparseprop_goal(layers), *_prompt_goals(ops), _selection_goal(ops)]
     return [*found, _embedded_goal(runs), _large_goal(steps), _at_once_goal(runs)]
 
 
@@ -135,6 +133,16 @@ def _layer_goal(rows: Sequence[Row], phase: str, density: float) -> Row:
     return _goal(
         name, value, LAYERS[phase][density], why, least=min(ratios, default=None), layers=len(ratios)
     )
+
+
+def _sparseprop_goal(rows: Sequence[Row]) -> Row:
+    """Both gradients, the geometric mean over 3x3 layers and densities."""
+    name = "training kernels, unstructured float32, against SparseProp"
+    mine = [row for row in rows if row["kernel_size"] == [3, 3] and row["batch"] == BATCH]
+    ratios = [row["sparseprop"]["backward"]["median"] for row in mine if row.get("sparseprop")]
+    if not ratios:
+        return _goal(name, None, SPARSEPROP, "SparseProp is not installed")
+    return _goal(name, geometric_mean(ratios), SPARSEPROP, least=min(ratios), rows=len(ratios))
 
 
 def _prompt_goals(rows: Sequence[Row]) -> list[Row]:

@@ -188,7 +188,6 @@ def test_the_command_writes_a_report_and_prints_its_table(
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "resnet18.txt").write_text(tiny)
     monkeypatch.setattr(bench_ops, "LISTS", tmp_path / "lists")
-    monkeypatch.setattr(layer_bench, "_GEMM_SIZE", 32)
     monkeypatch.setattr(layer_bench, "_COPY_FLOATS", 1024)
     # Not the machine's own lock, which a measurement may hold.
     monkeypatch.setattr(bench_ops, "measurement_lock", lambda: measurement_lock(tmp_path / "lock"))

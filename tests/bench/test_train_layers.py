@@ -34,6 +34,22 @@ def test_a_layer_gives_three_passes_for_each_form(layer: Layer) -> None:
     json.dumps(rows)
 
 
+def test_sparseprop_is_timed_where_its_form_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def find(conv: torch.nn.Module, x: Tensor) -> torch.nn.Module:
+        asked.append(x.shape)
+        return conv
+
+    monkeypatch.setattr(train_layers, "find_sparseprop", find)
+    forms = [Form("tune", "unstructured", 0.25, dtype) for dtype in ("float32", "bfloat16")]
+    full, half = bench_passes(CONV, 3, forms, rounds=2)
+    assert len(asked) == 1
+    assert full["sparseprop"]["backward_ms"] > 0
+    assert full["sparseprop"]["backward"]["median"] > 0
+    assert half["sparseprop"] is None
+
+
 def test_values_and_masks_change_between_rounds_and_keep_their_number() -> None:
     pattern = parse_pattern("unstructured")
     weight = torch.randn(CONV.geometry.weight_shape)

@@ -50,13 +50,14 @@ def test_a_goal_that_leaves_our_dtype_free_takes_the_better_and_names_it() -> No
     assert find(targets({"steps": rows[:1]}), name)["form"] == "unstructured float32"
 
 
-def test_layer_goals_are_geometric_means_over_3x3_layers() -> None:
-    def layer(**changes: Any) -> dict[str, Any]:
-        ratios = {name: make_ratio(changes.pop("ratio", 1.0)) for name in PASSES[:1]}
-        ratios |= {"input_gradient": make_ratio(4.0), "weight_gradient": make_ratio(9.0)}
-        base = {"stage": "tune", "pattern": "unstructured", "dtype": "float32", "density": 0.2}
-        return base | {"kernel_size": [3, 3], "batch": 32, "ratios": {"float32": ratios}} | changes
+def layer(**changes: Any) -> dict[str, Any]:
+    ratios = {name: make_ratio(changes.pop("ratio", 1.0)) for name in PASSES[:1]}
+    ratios |= {"input_gradient": make_ratio(4.0), "weight_gradient": make_ratio(9.0)}
+    base = {"stage": "tune", "pattern": "unstructured", "dtype": "float32", "density": 0.2}
+    return base | {"kernel_size": [3, 3], "batch": 32, "ratios": {"float32": ratios}} | changes
 
+
+def test_layer_goals_are_geometric_means_over_3x3_layers() -> None:
     low = {"forward": make_ratio(1.0), "input_gradient": make_ratio(1.0), "weight_gradient": make_ratio(1.0)}
     rows = [layer(), layer(ratios={"float32": low})]
     rows += [layer(**one, ratios={"float32": low}) for one in ({"stage": "search"}, {"kernel_size": [1, 1]})]
@@ -66,6 +67,13 @@ def test_layer_goals_are_geometric_means_over_3x3_layers() -> None:
     kept = find(found, "kept-weight gradient: unstructured float32 at density 0.2")
     assert (kept["value"], kept["met"]) == (pytest.approx(3.0), True)
     assert find(found, "kept-weight gradient: unstructured float32 at density 0.1")["value"] is None
+
+
+def test_both_gradients_count_against_sparseprop_where_it_is_installed() -> None:
+    rows = [layer(sparseprop={"backward": make_ratio(value)}) for value in (2.0, 8.0)]
+    rows += [layer(sparseprop=None), layer(sparseprop={"backward": make_ratio(1.0)}, kernel_size=[1, 1])]
+    goal = find(targets({"layers": rows}), "training kernels, unstructured float32, against SparseProp")
+    assert (goal["value"], goal["least"], goal["rows"], goal["met"]) == (pytest.approx(4.0), 2.0, 2, True)
 
 
 def test_goals_of_ops_and_runs_are_read_off_their_rows() -> None:

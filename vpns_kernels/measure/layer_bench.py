@@ -66,9 +66,10 @@ def bench_layer(
         _check(layer, dense, mask, inputs[variant.dtype], calls[f"sparse {number}"]())
     for number, (variant, mask) in enumerate(zip(variants, masks, strict=True)):
         if variant.pattern.name == "unstructured" and variant.dtype == torch.float32:
-            rival = find_sparseprop(_masked(layer, dense, mask), x)
+            given = x.contiguous()
+            rival = find_sparseprop(_masked(layer, dense, mask), given)
             if rival is not None:
-                calls[f"sparseprop {number}"] = rival
+                calls[f"sparseprop {number}"] = _without_grad(rival, given)
     samples = interleave(calls, rounds)
     timed = {name: samples[name] for name in engines}
     rows = []

@@ -89,23 +89,21 @@ def _without_grad(network: Callable[[Tensor], Tensor], x: Tensor) -> Call:
     return call
 
 
-def find_sparseprop(conv: nn.Module, x: Tensor) -> Call | None:
-    """SparseProp's convolution of a pruned layer, the faster of its two forms; None where not installed.
+def find_sparseprop(conv: nn.Module, x: Tensor) -> nn.Module | None:
+    """SparseProp's form of a pruned convolution, the faster of its two; None where not installed.
 
     It takes float32 in [N, C, H, W] order, square filters, one stride and padding, no groups.
     """
     if find_spec("sparseprop") is None or not isinstance(conv, nn.Conv2d) or conv.groups > 1:
         return None
     module = import_module("sparseprop.modules").SparseConv2d
-    forms = [module.from_dense(conv, vectorizing_over_on=over) for over in (False, True)]
-    given = x.detach().float().contiguous()
+    forms: list[nn.Module] = [module.from_dense(conv, vectorizing_over_on=over) for over in (False, True)]
 
     def seconds(form: nn.Module) -> float:
-        form(given)
+        form(x)
         started = time.perf_counter()
-        form(given)
+        form(x)
         return time.perf_counter() - started
 
     with torch.no_grad():
-        best = min(forms, key=seconds)
-    return _without_grad(best, given)
+        return min(forms, key=seconds)
