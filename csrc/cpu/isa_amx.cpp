@@ -43,7 +43,7 @@ void multiply_tile_rounds(int64_t rounds) {
 }
 }  // namespace
 
-MultiplyLoop multiply_loop_amx() { return {4.0 * 2 * 16 * 16 * 32, multiply_tile_rounds}; }
+MultiplyLoop run_multiply_loop_amx() { return {4.0 * 2 * 16 * 16 * 32, multiply_tile_rounds}; }
 
 void run_block_grad_amx(const BlockGradPlan& plan, const WeightGradCall& call) {
   run_block_grad<TileProducts>(plan, call);

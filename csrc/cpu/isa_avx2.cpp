@@ -37,7 +37,7 @@
 #define VPNS_RUN_BATCH_NORM_ACT_BACKWARD run_batch_norm_act_backward_avx2
 #define VPNS_RUN_CHANNEL_MASK run_channel_mask_avx2
 #define VPNS_RUN_CHANNEL_MASK_BACKWARD run_channel_mask_backward_avx2
-#define VPNS_MULTIPLY_LOOP multiply_loop_avx2
+#define VPNS_MULTIPLY_LOOP run_multiply_loop_avx2
 
 namespace vpns {
 namespace {

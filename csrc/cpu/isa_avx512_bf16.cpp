@@ -19,7 +19,7 @@
 
 #define VPNS_LANES 16
 #define VPNS_BLOCK_PIXELS kBlockPixelsAvx512
-#define VPNS_MULTIPLY_LOOP multiply_loop_avx512_bf16
+#define VPNS_MULTIPLY_LOOP run_multiply_loop_avx512_bf16
 
 namespace vpns {
 namespace {

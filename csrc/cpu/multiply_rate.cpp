@@ -18,16 +18,16 @@ constexpr int kAttempts = 8;
 MultiplyLoop strongest([[maybe_unused]] DType dtype) {
   [[maybe_unused]] const bool halves = dtype == DType::kBF16;
 #if defined(VPNS_WITH_AMX)
-  if (halves && isa_usable(Isa::kAmx)) return multiply_loop_amx();
+  if (halves && isa_usable(Isa::kAmx)) return run_multiply_loop_amx();
 #endif
 #if defined(VPNS_WITH_AVX512_BF16)
-  if (halves && isa_usable(Isa::kAvx512Bf16)) return multiply_loop_avx512_bf16();
+  if (halves && isa_usable(Isa::kAvx512Bf16)) return run_multiply_loop_avx512_bf16();
 #endif
 #if defined(VPNS_WITH_AVX512)
-  if (!halves && isa_usable(Isa::kAvx512)) return multiply_loop_avx512();
+  if (!halves && isa_usable(Isa::kAvx512)) return run_multiply_loop_avx512();
 #endif
 #if defined(VPNS_WITH_AVX2)
-  if (!halves && isa_usable(Isa::kAvx2)) return multiply_loop_avx2();
+  if (!halves && isa_usable(Isa::kAvx2)) return run_multiply_loop_avx2();
 #endif
   return {0.0, nullptr};
 }

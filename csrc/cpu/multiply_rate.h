@@ -12,10 +12,10 @@ struct MultiplyLoop {
   void (*run)(int64_t rounds);
 };
 
-MultiplyLoop multiply_loop_avx2();
-MultiplyLoop multiply_loop_avx512();
-MultiplyLoop multiply_loop_avx512_bf16();
-MultiplyLoop multiply_loop_amx();
+MultiplyLoop run_multiply_loop_avx2();
+MultiplyLoop run_multiply_loop_avx512();
+MultiplyLoop run_multiply_loop_avx512_bf16();
+MultiplyLoop run_multiply_loop_amx();
 
 // Billions of operations a second of so many threads together, by the fastest instructions usable here that multiply
 // numbers of this type (float32 or bfloat16) into float32; 0 where there are none.
