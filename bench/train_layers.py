@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.train_sparseprop import over_sparseprop, sparseprop_passes
 from vpns_kernels.formats import pack
 from vpns_kernels.measure.layer_bench import Variant, make_input, make_mask, make_weight
 from vpns_kernels.measure.layers import Layer
-from vpns_kernels.measure.opponents import find_sparseprop
-from vpns_kernels.measure.timing import Laps, Sample, add_up, compare, interleave_phases
+from vpns_kernels.measure.timing import Laps, Sample, compare, interleave_phases
 from vpns_kernels.ops import masked_conv2d, sparse_conv2d
 from vpns_kernels.patterns import Pattern, parse_pattern
 
@@ -90,9 +90,9 @@ def bench_passes(layer: Layer, batch: int, forms: Sequence[Form], rounds: int) -
         backends[form.name] = _check(layer, form, trained, weight, *given)
         densities[form.name] = float(trained.mask.float().mean())
         calls[form.name] = _our_passes(trained, *given)
-        rival = _sparseprop_passes(layer, form, weight * trained.mask, x, grad)
-        if rival is not None:
-            calls[f"sparseprop {form.name}"] = rival
+        if (form.stage, form.pattern, form.dtype) == ("tune", "unstructured", "float32"):
+            rival = sparseprop_passes(layer, weight * trained.mask, x, grad)
+            calls |= {} if rival is None else {f"sparseprop {form.name}": rival}
     samples = interleave_phases(calls, rounds)
     dense = {dtype: samples[f"torch {dtype}"] for dtype in ("float32", "bfloat16")}
     return [
@@ -114,48 +114,10 @@ def bench_passes(layer: Layer, batch: int, forms: Sequence[Form], rounds: int) -
             "ours": _to_dict(samples[form.name]),
             "torch": {dtype: _to_dict(found) for dtype, found in dense.items()},
             "ratios": {dtype: _ratios(found, samples[form.name]) for dtype, found in dense.items()},
-            "sparseprop": _over_sparseprop(samples, form),
+            "sparseprop": over_sparseprop(samples.get(f"sparseprop {form.name}"), samples[form.name]),
         }
         for form in forms
     ]
-
-
-def _sparseprop_passes(
-    layer: Layer, form: Form, masked: Tensor, x: Tensor, grad: Tensor
-) -> Callable[[Laps], None] | None:
-    """Its one backward pass gives both gradients; None where it is not installed or has no such layer."""
-    if layer.is_linear or (form.stage, form.pattern, form.dtype) != ("tune", "unstructured", "float32"):
-        return None
-    conv = layer.build()
-    conv.weight = torch.nn.Parameter(masked.contiguous())
-    # It knows no channels_last.
-    given, back = x.contiguous().requires_grad_(True), grad.contiguous()
-    rival = find_sparseprop(conv, given)
-    if rival is None:
-        return None
-
-    def run(laps: Laps) -> None:
-        laps.skip()
-        y = rival(given)
-        laps.mark("forward")
-        torch.autograd.grad(y, (given, rival.weight), back)
-        laps.mark("backward")
-
-    return run
-
-
-def _over_sparseprop(samples: dict[str, dict[str, Sample]], form: Form) -> Row | None:
-    """Its times, and how many times as fast ours are: both gradients together, as its pass has them."""
-    theirs, ours = samples.get(f"sparseprop {form.name}"), samples[form.name]
-    if theirs is None:
-        return None
-    both = add_up({name: ours[name] for name in PASSES[1:]})
-    return {
-        "forward_ms": theirs["forward"].median_ms,
-        "backward_ms": theirs["backward"].median_ms,
-        "forward": asdict(compare(theirs["forward"], ours["forward"])),
-        "backward": asdict(compare(theirs["backward"], both)),
-    }
 
 
 def _to_dict(phases: dict[str, Sample]) -> dict[str, dict[str, float]]:

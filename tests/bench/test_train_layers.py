@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import train_layers
+from bench import train_layers, train_sparseprop
 from bench.train_layers import PASSES, Form, bench_passes
 from bench.train_ops import bench_batch_norm, bench_prompt, bench_refresh, extra_mb
 from tests.bench.training_rows import CONV, LINEAR
@@ -41,7 +41,7 @@ def test_sparseprop_is_timed_where_its_form_is_there(monkeypatch: pytest.MonkeyP
         asked.append(x.shape)
         return conv
 
-    monkeypatch.setattr(train_layers, "find_sparseprop", find)
+    monkeypatch.setattr(train_sparseprop, "find_sparseprop", find)
     forms = [Form("tune", "unstructured", 0.25, dtype) for dtype in ("float32", "bfloat16")]
     full, half = bench_passes(CONV, 3, forms, rounds=2)
     assert len(asked) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ from vpns_kernels import native
 
 _PACKAGES = ("torch", "numpy", "vpns")
 _ENGINES = ("onnxruntime", "openvino", "deepsparse")
+_NUMBERS = {"family": "cpu family", "model": "model"}
 
 
 def fingerprint() -> dict[str, Any]:
@@ -34,13 +36,21 @@ def fingerprint() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The model name that the system gives."""
+    """The model name that the system gives, with family and model: a virtual machine may hide all else."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    found = dict(_fields(info.read_text().partition("\n\n")[0]))
+    numbers = [f"{key} {found[name]}" for key, name in _NUMBERS.items() if name in found]
+    name = found.get("model name") or platform.machine()
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _fields(text: str) -> Iterator[tuple[str, str]]:
+    """Of the first processor."""
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        yield name.strip(), value.strip()
 
 
 def source_state(file: Path) -> dict[str, Any]:
