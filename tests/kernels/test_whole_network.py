@@ -20,6 +20,7 @@ from vpns_kernels.measure.whole_network import (
     Rivals,
     Settings,
     _fastest,
+    _largest_error,
     _race,
     bench_whole,
     find_rivals,
@@ -77,6 +78,15 @@ def test_a_single_image_calibrates_as_many_do() -> None:
     ratio = alone.bn4.running_var / many.bn4.running_var
     assert float(ratio.min()) > 0.1
     assert float(ratio.max()) < 10
+
+
+@torch.no_grad()
+def test_a_network_without_a_way_through_is_right_where_it_gives_zeros() -> None:
+    network, x = nn.Conv2d(3, 4, 1, bias=False), images(2)
+    nn.init.zeros_(network.weight)
+    assert _largest_error(network, torch.zeros(2, 4, 8, 8), x) == 0
+    with pytest.raises(RuntimeError, match="off by inf"):
+        _largest_error(network, torch.ones(2, 4, 8, 8), x)
 
 
 def test_depthwise_layers_stay_dense() -> None:
