@@ -129,8 +129,10 @@ def render_whole(path: Path) -> str:
     report = json.loads(path.read_text())
     cells = report["cells"]
     densities = sorted({cell["density"] for cell in cells}, reverse=True)
+    # A folder is a run's, whose masks were learned.
+    masks = "learned" if any("/" in name for name in report["settings"]["models"]) else "random"
     lines = [
-        "Whole networks with random masks, deployed, against the fastest dense engine (torch, torch.compile, "
+        f"Whole networks with {masks} masks, deployed, against the fastest dense engine (torch, torch.compile, "
         f"ONNX Runtime, OpenVINO), by `vpns bench` ({where(report['machine'])}; {link(path)}, "
         f"[plot](bench/results/{path.with_suffix('.svg').name})):",
         "",
