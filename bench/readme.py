@@ -132,8 +132,8 @@ def render_whole(path: Path) -> str:
     # A folder is a run's, whose masks were learned.
     masks = "learned" if any("/" in name for name in report["settings"]["models"]) else "random"
     lines = [
-        f"Whole networks with {masks} masks, deployed, against the fastest dense engine (torch, torch.compile, "
-        f"ONNX Runtime, OpenVINO), by `vpns bench` ({where(report['machine'])}; {link(path)}, "
+        f"Whole networks with {masks} masks, deployed, against the fastest dense engine (torch, "
+        f"torch.compile, ONNX Runtime, OpenVINO), by `vpns bench` ({where(report['machine'])}; {link(path)}, "
         f"[plot](bench/results/{path.with_suffix('.svg').name})):",
         "",
         "| network | best dense | " + " | ".join(f"density {density:g}" for density in densities) + " |",
