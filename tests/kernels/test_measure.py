@@ -332,6 +332,6 @@ def test_the_rate_of_multiplying_is_that_of_what_may_be_used() -> None:
         assert library.multiply_rate("float32", 1) == library.multiply_rate("bfloat16", 1) == 0.0
     finally:
         library.isa_cap("")
-    if native.has_isa("avx512_bf16"):
-        # A pair of products in the time of one.
-        assert library.multiply_rate("bfloat16", 1) > 1.2 * library.multiply_rate("float32", 1)
+    # Which of the two is faster is the CPU's own: beside tiles, vectors multiply bfloat16 at half the rate.
+    has_products = any(map(native.has_isa, ("avx512_bf16", "amx")))
+    assert (library.multiply_rate("bfloat16", 1) > 1) is has_products
