@@ -135,7 +135,7 @@ def worst(rows: Iterable[dict[str, Any]], table: dict[str, Any], count: int = 10
 
     found = []
     for row in rows:
-        expected = estimate(to_query(row), row["kernel"], row["isa"], row["threads"], table)
+        expected = estimate(to_query(row), row["kernel"], row["isa"], row["threads"], table, row["core"])
         found.append((abs(expected.ms / row["ms"] - 1), expected.ms, row))
     found.sort(key=lambda item: -item[0])
     return [

@@ -33,7 +33,7 @@ from bench.fit import fit_kernels, worst
 from bench.tune_gradients import gradient_calls
 from vpns_kernels import native, sparse_conv2d
 from vpns_kernels.choose import this_machine
-from vpns_kernels.cost import LayerQuery
+from vpns_kernels.cost import LayerQuery, class_name
 from vpns_kernels.measure.fingerprint import fingerprint
 from vpns_kernels.measure.layer_bench import Variant, make_input, make_mask, make_sparse, make_weight
 from vpns_kernels.measure.layers import Layer, read_layers
@@ -115,8 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure_class(options: argparse.Namespace) -> int:
     """Measure what is missing of the class that this process runs as."""
-    isa = this_machine().isa
-    name = f"{isa}{GRADIENTS}" if options.gradients else isa
+    machine = this_machine()
+    isa, core = machine.isa, machine.core
+    name = class_name(isa, core) + (GRADIENTS if options.gradients else "")
     path = options.rows / f"{name}.jsonl"
     about_path = options.rows / f"{name}.machine.json"
     here = fingerprint()
@@ -135,7 +136,7 @@ def measure_class(options: argparse.Namespace) -> int:
             if time.monotonic() > stop_at:
                 print(f"{isa}: {len(missing) - number} cells to go", file=sys.stderr)
                 break
-            about = {"cell": cell.name, "turn": turn, "isa": isa}
+            about = {"cell": cell.name, "turn": turn, "isa": isa, "core": core}
             with path.open("a") as file:
                 measured = measure_gradients(cell) if options.gradients else measure_cell(cell)
                 file.writelines(json.dumps(row | about) + "\n" for row in measured)
@@ -301,19 +302,20 @@ def write_table(folder: Path, path: Path) -> None:
     table = json.loads(path.read_text()) if path.exists() else {"schema_version": 1, "classes": {}}
     for rows_path in sorted(folder.glob("*.jsonl")):
         name = rows_path.stem
-        isa = name.removesuffix(GRADIENTS)
+        measured_class = name.removesuffix(GRADIENTS)
+        are_gradients = name.endswith(GRADIENTS)
         rows = [json.loads(line) for line in rows_path.read_text().splitlines()]
         machine = json.loads((folder / f"{name}.machine.json").read_text())
         fits = fit_kernels(rows)
-        known = table["classes"].setdefault(isa, {"machine": machine, "kernels": {}})
+        known = table["classes"].setdefault(measured_class, {"machine": machine, "kernels": {}})
         # Those of weight gradients stand beside those of the forward.
         kept = {
             row: fit
             for row, fit in known["kernels"].items()
-            if (row not in fits and name != isa) or (name == isa and ("gradient" in row or "score" in row))
+            if (row not in fits and are_gradients) or (not are_gradients and _is_gradient(row))
         }
-        table["classes"][isa] = {
-            "machine": known["machine"] if name != isa else machine,
+        table["classes"][measured_class] = {
+            "machine": known["machine"] if are_gradients else machine,
             "kernels": kept | fits,
         }
         print(f"\n{name}: {len(rows)} rows of {len({row['cell'] for row in rows})} cells")
@@ -324,6 +326,10 @@ def write_table(folder: Path, path: Path) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(table, indent=1) + "\n")
     beside.replace(path)
+
+
+def _is_gradient(row: str) -> bool:
+    return "gradient" in row or "score" in row
 
 
 if __name__ == "__main__":

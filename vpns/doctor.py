@@ -16,7 +16,7 @@ import torch
 from vpns.data.cache import cache_folder
 from vpns_kernels import native
 from vpns_kernels.choose import break_even_density, choose, this_machine
-from vpns_kernels.cost import CLASSES, LayerQuery
+from vpns_kernels.cost import CLASSES, LayerQuery, class_name, cost_table
 from vpns_kernels.engine.semi_structured import why_no_device
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.measure import fingerprint
@@ -154,9 +154,19 @@ def _cache() -> Finding:
     return Finding("cache of images", can_write, detail if can_write else f"{above} cannot be written")
 
 
+def _costs() -> Finding:
+    """Kernels are chosen by them."""
+    machine = this_machine()
+    name, known = class_name(machine.isa, machine.core), cost_table()["classes"]
+    if name in known:
+        return Finding("costs of layers", True, f"of {name}, measured {known[name]['machine']['date']}")
+    detail = f"none of {name}: others stand in, and choices are cautious; python -m bench.tune measures them"
+    return Finding("costs of layers", False, detail)
+
+
 def _expected_speed() -> list[Finding]:
     """Of one layer, from the table of costs, or by a GPU's rule: nothing is measured here."""
-    found = []
+    found = [_costs()]
     machines = {"": this_machine()}
     if torch.cuda.is_available():
         machines[" on the gpu"] = this_machine(torch.device("cuda"))

@@ -31,12 +31,14 @@ class Machine:
 
     Args:
         isa: its class: the strongest usable instruction set, or "gpu".
+        core: what designed its cores ("amd26"), of which the table may hold costs of their own.
         refusals: its kernels, each with the reason why it does not take a layer.
     """
 
     isa: str
     threads: int
     refusals: Refusals
+    core: str = ""
 
     @property
     def is_gpu(self) -> bool:
@@ -152,7 +154,8 @@ def this_machine(device: torch.device | None = None) -> Machine:
         return Machine(GPU, 0, gpu_refusals)
     if native.why_not() is not None:
         return Machine("scalar", torch.get_num_threads(), lambda query: [("native", str(native.why_not()))])
-    return Machine(native.library().isa_list()[-1], torch.get_num_threads(), _native_refusals)
+    library = native.library()
+    return Machine(library.isa_list()[-1], torch.get_num_threads(), _native_refusals, library.cpu_core())
 
 
 def _native_refusals(query: LayerQuery) -> Sequence[tuple[str, str]]:
@@ -183,12 +186,14 @@ def _candidates(query: LayerQuery, machine: Machine, table: Mapping[str, Any]) -
     if query.format == "channel":
         refusals.append(("compact", ""))
     for kernel, refusal in refusals:
-        expected = None if refusal else estimate(query, kernel, machine.isa, machine.threads, table)
+        expected = (
+            None if refusal else estimate(query, kernel, machine.isa, machine.threads, table, machine.core)
+        )
         reason = refusal or explain_estimate(expected)
         found.append(Candidate(kernel, expected, reason))
     for dtype in dict.fromkeys((query.dtype, "float32", "bfloat16")):
         cast = LayerQuery(query.geometry, query.size, query.values_sizes, dtype, query.weight_dtype)
-        expected = estimate(cast, f"dense {dtype}", machine.isa, machine.threads, table)
+        expected = estimate(cast, f"dense {dtype}", machine.isa, machine.threads, table, machine.core)
         note = "" if dtype == query.dtype else f"; not chosen for {query.dtype} inputs"
         found.append(Candidate(f"dense {dtype}", expected, explain_estimate(expected) + note))
     return tuple(found)

@@ -90,7 +90,7 @@ def _choose_weight_gradient(
     query: LayerQuery, machine: Machine, table: Mapping[str, Any], with_scores: bool
 ) -> Choice:
     dense_row = f"dense {'scores' if with_scores else 'weight gradient'} {query.dtype}"
-    dense = estimate(query, dense_row, machine.isa, machine.threads, table)
+    dense = estimate(query, dense_row, machine.isa, machine.threads, table, machine.core)
     candidates = [Candidate(dense_row, dense, explain_estimate(dense))]
     kernel, refusal = _sparse_row(query, machine, with_scores)
     if refusal:
@@ -103,7 +103,7 @@ def _choose_weight_gradient(
         asked, row = _smaller(query), dense_row
     elif with_scores:
         asked = all_scores(query)
-    sparse = estimate(asked, row, machine.isa, machine.threads, table)
+    sparse = estimate(asked, row, machine.isa, machine.threads, table, machine.core)
     candidates.append(Candidate(kernel, sparse, explain_estimate(sparse)))
     figures = f"{kernel} {sparse.ms:.3g} ms, {dense_row} {dense.ms:.3g} ms"
     if sparse.ms < dense.ms:

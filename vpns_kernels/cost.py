@@ -2,7 +2,8 @@
 
 An estimate is Σ coefficient · feature: multiply-adds, bytes read, laid out, written and streamed as weights,
 loops, and the cost of a call, which alone does not shrink with threads. The coefficients stand in
-cost_table.json, one set for each class of machine, written by bench/tune.py.
+cost_table.json, one set for each class of machine, written by bench/tune.py: an instruction set on the cores
+of one family of CPUs ("avx512 amd26"). Other cores stand in where those of a machine were never measured.
 """
 
 from __future__ import annotations
@@ -191,19 +192,22 @@ def features(query: LayerQuery, kernel: str) -> dict[str, float]:
     return {name: value / 1e6 for name, value in found.items()} | {"call": 1.0}
 
 
-def estimate(query: LayerQuery, kernel: str, isa: str, threads: int, table: Mapping[str, Any]) -> Estimate:
+def estimate(
+    query: LayerQuery, kernel: str, isa: str, threads: int, table: Mapping[str, Any], core: str = ""
+) -> Estimate:
     """How long this kernel takes for this layer on a machine of class `isa`.
 
     Args:
         kernel: a name of the dispatch table, "compact", or "dense <dtype>".
         table: as cost_table() returns it.
+        core: of the machine, where the table may hold costs of its own.
     """
-    source, row_name, is_measured = _find_row(kernel, isa, table)
+    source, row_name, is_measured = _find_row(kernel, isa, table, core)
     row = table["classes"][source]["kernels"][row_name]
     coefficients = row["layers"].get(query.layer_class, row["layers"]["any"])
     scale = 1.0
     if not is_measured:
-        scale = _rate(row_name, source) / _rate(kernel, isa)
+        scale = _rate(row_name, _isa_of_class(source)) / _rate(kernel, isa)
     terms = {}
     for name, value in features(query, kernel).items():
         ms = coefficients.get(name, 0.0) * value
@@ -225,11 +229,25 @@ def cost_table() -> Mapping[str, Any]:
     return table
 
 
-def nearest_class(isa: str, classes: Sequence[str]) -> str:
-    """The measured class itself, or the nearest weaker one, or else the weakest."""
-    order = [name for name in CLASSES if name in classes]
-    weaker = [name for name in order if CLASSES.index(name) <= CLASSES.index(isa)]
+def class_name(isa: str, core: str) -> str:
+    """The table's name of an instruction set on the cores of one family."""
+    return f"{isa} {core}".strip()
+
+
+def nearest_class(isa: str, classes: Sequence[str], core: str = "") -> str:
+    """The measured class itself, or the nearest weaker one, or else the weakest; these cores' first."""
+    mine = class_name(isa, core)
+    order = sorted(classes, key=lambda name: (_strength(name), name == mine))
+    weaker = [name for name in order if _strength(name) <= _strength(isa)]
     return weaker[-1] if weaker else order[0]
+
+
+def _strength(name: str) -> int:
+    return CLASSES.index(_isa_of_class(name))
+
+
+def _isa_of_class(name: str) -> str:
+    return name.partition(" ")[0]
 
 
 def _fresh(size: int) -> int:
@@ -252,21 +270,22 @@ def _computed_pixels(query: LayerQuery, P: int, Q: int) -> int:
     return (images - rest) * P * Q + rest * vectors * _LANES
 
 
-def _find_row(kernel: str, isa: str, table: Mapping[str, Any]) -> tuple[str, str, bool]:
+def _find_row(kernel: str, isa: str, table: Mapping[str, Any], core: str) -> tuple[str, str, bool]:
     """Class and name of the coefficients to use, and whether they are this kernel's on this class."""
     classes = table["classes"]
-    if isa in classes and kernel in classes[isa]["kernels"]:
-        return isa, kernel, True
+    mine = class_name(isa, core)
+    if mine in classes and kernel in classes[mine]["kernels"]:
+        return mine, kernel, True
     having = [name for name in classes if kernel in classes[name]["kernels"]]
-    source = nearest_class(isa, having if kernel.startswith(tuple(_STAND_INS)) and having else list(classes))
+    alike = [name for name in having if _isa_of_class(name) == isa or kernel.startswith(tuple(_STAND_INS))]
+    source = nearest_class(isa, alike or list(classes), core)
     names = list(classes[source]["kernels"])
     if kernel in names:
         return source, kernel, False
-    family = _families(kernel)
-    alike = [name for prefix in family for name in names if name.startswith(prefix)]
+    alike = [name for prefix in _families(kernel) for name in names if name.startswith(prefix)]
     # The kernel of the nearest instruction set stands in.
     position = CLASSES.index(_isa_of(kernel, isa))
-    best = min(alike, key=lambda name: abs(CLASSES.index(_isa_of(name, source)) - position))
+    best = min(alike, key=lambda name: abs(CLASSES.index(_isa_of(name, _isa_of_class(source))) - position))
     return source, best, False
 
 

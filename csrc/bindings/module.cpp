@@ -14,6 +14,7 @@ namespace vpns {
 
 PYBIND11_MODULE(_native, m) {
   m.def("isa_list", &isa_list, "Instruction sets that may be used now, weakest first.");
+  m.def("cpu_core", &cpu_core, "What designed its cores: vendor and family; empty where the CPU does not say.");
   m.def("isa_cap", &isa_cap, py::arg("name"), "Never use anything above this instruction set; empty lifts the cap.");
   m.def(
       "multiply_rate",

@@ -116,6 +116,22 @@ std::vector<std::string> isa_list() {
   return names;
 }
 
+std::string cpu_core() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(0, &a, &b, &c, &d)) return "";
+  constexpr unsigned kAuth = 0x68747541, kGenu = 0x756e6547;  // The first letters of AuthenticAMD and GenuineIntel.
+  const unsigned vendor = b;
+  if ((vendor != kAuth && vendor != kGenu) || !__get_cpuid(1, &a, &b, &c, &d)) return "";
+  const unsigned base = (a >> 8) & 0xfu, family = base == 0xfu ? base + ((a >> 20) & 0xffu) : base;
+  if (vendor == kAuth) return "amd" + std::to_string(family);
+  const unsigned model = ((a >> 4) & 0xfu) + (((a >> 16) & 0xfu) << 4);
+  return "intel" + std::to_string(family) + "." + std::to_string(model);
+#else
+  return "";
+#endif
+}
+
 long l2_cache_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);

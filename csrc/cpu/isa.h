@@ -21,6 +21,10 @@ void isa_cap(const std::string& name);
 // Names of everything usable now, weakest first.
 std::vector<std::string> isa_list();
 
+// What designed its cores: vendor and family, of Intel's one family the model too ("amd26", "intel6.143"); empty
+// where the CPU does not say. Cores of equal instructions need not be equally fast at them.
+std::string cpu_core();
+
 // Bytes of a core's second-level cache; a sensible default where the system does not say.
 long l2_cache_bytes();
 long l1_cache_bytes();

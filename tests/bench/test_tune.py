@@ -92,5 +92,6 @@ def test_a_tuned_table_is_one_that_choose_reads(tmp_path: Path, monkeypatch: pyt
     assert {"unstructured", "block", "channel"} <= {name.partition("_")[0] for name in kernels}
     query = LayerQuery(layers[0].geometry, (2, 6, 6), (50,))
     takes = [(name, "") for name in kernels if name.startswith("unstructured")]
-    found = choose(query, Machine(path.stem, 1, lambda query: takes), table)
+    isa, core = path.stem.split()
+    found = choose(query, Machine(isa, 1, lambda query: takes, core), table)
     assert "measured: false" not in found.reason

@@ -35,7 +35,7 @@ def row(p90: float = 0.2, **coefficients: float) -> dict[str, Any]:
 
 
 # On one thread a million multiply-adds take dense 1 ms and sparse 2 ms, a megabyte of planes 0.1 ms.
-TABLE = {
+TABLE: dict[str, Any] = {
     "schema_version": 1,
     "classes": {
         "avx512": {
@@ -181,7 +181,22 @@ def test_every_dtype_has_an_estimate(dtype: str) -> None:
     assert {c.kernel for c in found.candidates} >= {f"dense {dtype}", "dense float32", "dense bfloat16"}
 
 
+def test_cores_of_their_own_costs_use_them_and_any_others_say_that_theirs_were_not_measured() -> None:
+    usual = TABLE["classes"]["avx512"]
+    slow = {kernel: row(call=7.0) for kernel in usual["kernels"]}
+    table = {**TABLE, "classes": {"avx512 amd26": {"kernels": slow}, "avx512 amd25": usual}}
+    known, other = (replace(MACHINE, core=core) for core in ("amd25", "intel6.106"))
+    assert choose(query(0.1), known, table).est_ms == choose(query(0.1), MACHINE, TABLE).est_ms
+    assert choose(query(0.1), replace(MACHINE, core="amd26"), table).dense_ms == 7.0
+    assert "measured: false" not in choose(query(0.1), known, table).reason
+    assert "measured: false" in choose(query(0.1), other, table).reason
+    (first, *_) = (c.estimate for c in choose(query(0.1), other, table).candidates if c.estimate)
+    assert first.error >= 0.5
+
+
 def test_the_nearest_class_is_a_weaker_one_where_there_is_any() -> None:
+    assert nearest_class("avx512", ["avx512 amd26", "avx512 amd25"], "amd26") == "avx512 amd26"
+    assert nearest_class("amx", ["avx512 amd26", "avx2 intel6.143"], "intel6.143") == "avx512 amd26"
     assert nearest_class("amx", ["avx2", "avx512"]) == "avx512"
     assert nearest_class("avx512", ["avx2", "amx"]) == "avx2"
     assert nearest_class("scalar", ["avx512", "amx"]) == "avx512"

@@ -13,6 +13,7 @@ import torch
 from vpns import cli, doctor
 from vpns.doctor import Finding, examine, is_healthy
 from vpns_kernels import native
+from vpns_kernels.choose import Machine
 from vpns_kernels.ops import OPS
 
 Capture = pytest.CaptureFixture[str]
@@ -72,6 +73,15 @@ def test_a_torchvision_that_does_not_import_and_a_full_cache_are_told(
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
     assert "cannot be written" in {finding.name: finding for finding in examine()}["cache of images"].detail
     assert is_healthy(list(found.values()))
+
+
+def test_cores_whose_costs_were_never_measured_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "this_machine", lambda: Machine("avx512", 2, lambda query: [], "intel6.106"))
+    found = {finding.name: finding for finding in examine()}["costs of layers"]
+    assert not found.is_there
+    assert "none of avx512 intel6.106" in found.detail
+    monkeypatch.setattr(doctor, "this_machine", lambda: Machine("avx512", 2, lambda query: [], "amd25"))
+    assert {finding.name: finding for finding in examine()}["costs of layers"].is_there
 
 
 def test_only_what_is_needed_decides() -> None:
