@@ -81,7 +81,8 @@ class _Dense:
     ) -> Tensor:
         bias = None if bias is None else bias.detach().to(x.dtype)
         if self._is_linear:
-            y = F.linear(x.flatten(1), self._weight, bias)[:, :, None, None]
+            y = F.linear(x.flatten(1), self._weight, bias)
+            y = y.view(*y.shape, 1, 1)
         else:
             g = self._geometry
             y = F.conv2d(x, self._weight, bias, g.stride, g.padding, g.dilation, g.groups)

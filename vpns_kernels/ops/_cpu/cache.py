@@ -43,6 +43,8 @@ class PreparedCache(Generic[_Form]):
         self._prepare, self._compares_values = prepare, compares_values
         self._lock = Lock()
         self._made: _Made[_Form] | None = None
+        # What was asked last, the form, and the storages: read and written at once, so that no lock is needed.
+        self._last: tuple[tuple[object, ...], _Form, list[object]] | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> PreparedCache[_Form]:
         return PreparedCache(self._prepare, self._compares_values)
@@ -67,8 +69,7 @@ class PreparedCache(Generic[_Form]):
         """
         make = prepare or self._prepare
         args = (values, layout, geometry, x_shape, x_dtype, kernel)
-        if any(tensor.is_inference() for tensor in (values, *layout)):
-            # Made under inference_mode: changes leave no trace, so nothing may be kept.
+        if _is_untraced(values, layout):
             validate(values, layout, geometry)
             return make(*args)
         key = (tuple(x_shape), x_dtype, kernel, torch.get_num_threads(), values.dtype)
@@ -98,8 +99,26 @@ class PreparedCache(Generic[_Form]):
                 forms.popitem(last=False)
         return form
 
+    def same_as_last(
+        self, values: Tensor, layout: Sequence[Tensor], x: Tensor, kernel: str = ""
+    ) -> _Form | None:
+        """The form that `remember` was told, where nothing differs from then: small calls take the short way."""
+        last = self._last
+        if last is None or _is_untraced(values, layout):
+            return None
+        return last[1] if last[0] == _ticket(values, layout, x, kernel) else None
+
+    def remember(
+        self, form: _Form, values: Tensor, layout: Sequence[Tensor], x: Tensor, kernel: str = ""
+    ) -> None:
+        """Keep the form that `get` gave for this input within reach of `same_as_last`."""
+        if not _is_untraced(values, layout):
+            storages: list[object] = [tensor.untyped_storage() for tensor in (values, *layout)]
+            self._last = _ticket(values, layout, x, kernel), form, storages
+
     def expect_change(self) -> None:
         """Take the values for others at the next call: some write to them without a trace."""
+        self._last = None
         with self._lock:
             if self._made is not None:
                 self._made.forget_values()
@@ -140,6 +159,15 @@ class _Made(Generic[_Form]):
                 for key in [key for key, (form, _) in forms.items() if not hasattr(form, "refilled")]:
                     del forms[key]
         return self._filling
+
+
+def _is_untraced(values: Tensor, layout: Sequence[Tensor]) -> bool:
+    """Made under inference_mode: changes leave no trace, so nothing may be kept."""
+    return any([tensor.is_inference() for tensor in (values, *layout)])
+
+
+def _ticket(values: Tensor, layout: Sequence[Tensor], x: Tensor, kernel: str) -> tuple[object, ...]:
+    return (x.shape, x.dtype, kernel, torch.get_num_threads(), _stamp(values), *map(_stamp, layout))
 
 
 def _stamp(tensor: Tensor) -> tuple[object, ...]:
