@@ -29,7 +29,11 @@ def make_batch(
         raise ValueError(f"make_batch: expected size >= 1 pixel, got {size}")
     if generator is None:
         return _resize(images, size)
-    return _cut(_resize(images, crop_from(size) if crop else size), size, generator, flip)
+    side = crop_from(size) if crop else size
+    if images.shape[2:] == (side, side):
+        # As bytes, which are a quarter of what they become.
+        return _to_float(_cut(images, size, generator, flip))
+    return _cut(_resize(images, side), size, generator, flip)
 
 
 def crop_from(size: int) -> int:
@@ -39,31 +43,29 @@ def crop_from(size: int) -> int:
 
 def _resize(images: Tensor, size: int) -> Tensor:
     """As torchvision's Resize on tensors: bilinear, antialiased, without rounding to whole grey levels."""
-    pixels = images.float() / 255
+    pixels = _to_float(images)
     if images.shape[2:] == (size, size):
         return pixels
     resized = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
     return resized.clamp_(0, 1)
 
 
+def _to_float(images: Tensor) -> Tensor:
+    return images.float().div_(255)
+
+
 def _cut(images: Tensor, size: int, generator: torch.Generator, flip: bool) -> Tensor:
-    """A random square of each image, mirrored for about half of them if flip; all images at once."""
+    """A random square of each image, mirrored for about half of them if flip.
+
+    Copied image by image, rows at once: by tensors of indices each pixel would be looked up.
+    """
     count, room = len(images), images.shape[2] - size + 1
-    device = generator.device
-    top = torch.randint(room, (count, 1), generator=generator, device=device)
-    left = torch.randint(room, (count, 1), generator=generator, device=device)
-    reach = torch.arange(size, device=device)
-    rows, columns = top + reach, left + reach  # [N, size]
+    tops, lefts = (torch.randint(room, (count, 1), generator=generator).flatten().tolist() for _ in range(2))
+    is_flipped = [False] * count
     if flip:
-        is_flipped = torch.rand(count, 1, generator=generator, device=device) < 0.5
-        columns = torch.where(is_flipped, columns.flip(1), columns)
-    rows, columns = _send(rows, images.device), _send(columns, images.device)
-    batch = torch.arange(count, device=images.device)
-    # The indices put the channels last: [N, size, size, 3].
-    cut = images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return cut.permute(0, 3, 1, 2).contiguous()
-
-
-def _send(drawn: Tensor, device: torch.device) -> Tensor:
-    """On the device; a GPU's copy is queued, so that nobody waits for what it still computes."""
-    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+        is_flipped = (torch.rand(count, 1, generator=generator) < 0.5).flatten().tolist()
+    found = images.new_empty(count, 3, size, size)
+    for to, image, top, left, mirror in zip(found, images, tops, lefts, is_flipped, strict=True):
+        square = image[:, top : top + size, left : left + size]
+        to.copy_(square.flip(2) if mirror else square)
+    return found

@@ -43,7 +43,7 @@ class PreparedCache(Generic[_Form]):
         self._prepare, self._compares_values = prepare, compares_values
         self._lock = Lock()
         self._made: _Made[_Form] | None = None
-        # What was asked last, the form and the storages: read and written at once, so no lock is needed.
+        # What was asked last, the form and the storages: read and written at once, so no lock is needed
         self._last: tuple[tuple[object, ...], _Form, list[object]] | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> PreparedCache[_Form]:
@@ -102,7 +102,7 @@ class PreparedCache(Generic[_Form]):
     def same_as_last(
         self, values: Tensor, layout: Sequence[Tensor], x: Tensor, kernel: str = ""
     ) -> _Form | None:
-        """The form that `remember` was told, where nothing differs from then: the short way of small calls."""
+        """The form that `remember` was told, where nothing differs from then: small calls' short way."""
         last = self._last
         if last is None or _is_untraced(values, layout):
             return None
