@@ -61,7 +61,7 @@ def learning_rate_frac(schedule: str, epoch: int, epochs: int) -> float:
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     if schedule == "multistep":
-        return float(0.1 ** ((epoch >= 0.5 * epochs) + (epoch >= 0.72 * epochs)))
+        return float(0.1 ** ((epoch >= int(0.5 * epochs)) + (epoch >= int(0.72 * epochs))))
     return 1.0
 
 

@@ -29,7 +29,7 @@ import torch
 
 from vpns.config import RunConfig, differing_keys
 from vpns.data import LAYOUTS
-from vpns.files import make_folder, read_json, write_json
+from vpns.files import read_json, write_json
 from vpns.group import Group, join_group
 from vpns.label_map import check_enough
 from vpns.methods import find_method
@@ -38,7 +38,15 @@ from vpns.prompt import build_prompt
 from vpns.stages import STAGES, Context, Stage
 from vpns.stages.context import check_device
 from vpns.stages.networks import effective_prompt, stage_passes
-from vpns.state import SCHEMA_VERSION, StageRecord, finish_stage, list_outputs, lock_folder, read_stage
+from vpns.state import (
+    SCHEMA_VERSION,
+    StageRecord,
+    begin_stage,
+    finish_stage,
+    list_outputs,
+    lock_folder,
+    read_stage,
+)
 from vpns_kernels.memory import keep_freed_memory
 from vpns_kernels.patterns import parse_pattern
 
@@ -194,10 +202,8 @@ def _do_once(context: Context, stage: Stage) -> StageRecord:
     record = read_stage(folder)
     if record is not None and record.inputs == inputs:
         return record
-    if record is not None:
-        # What it was built on has been made anew, with another outcome.
-        shutil.rmtree(folder)
-    make_folder(folder)
+    # Where what it was built on has been made anew, with another outcome, the stage begins anew too.
+    begin_stage(folder, inputs)
     started_at = time.monotonic()
     try:
         result = stage.run(context)

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from vpns.files import (
 SCHEMA_VERSION = 1
 _STATE = "state.json"
 _MANIFEST = "stage.json"
+_INPUTS = "stage-inputs.json"
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,29 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     return read_tensors(folder / content["tensors"]), content["position"]
 
 
+def begin_stage(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Make the stage's folder and write down what it is built on; what was built on other inputs goes.
+
+    Args:
+        inputs: digest of each stage that it needs, other ones than a finished record's.
+    """
+    if (folder / _MANIFEST).exists() or _begun_with(folder) not in (None, inputs):
+        shutil.rmtree(folder)
+    make_folder(folder)
+    write_json(folder / _INPUTS, {"schema_version": SCHEMA_VERSION, "inputs": dict(inputs)})
+
+
+def _begun_with(folder: Path) -> dict[str, str] | None:
+    path = folder / _INPUTS
+    found: dict[str, str] | None = read_json(path)["inputs"] if path.exists() else None
+    return found
+
+
 def finish_stage(folder: Path, record: StageRecord) -> None:
     """Declare a stage finished; its state is no longer needed."""
     write_json(folder / _MANIFEST, {"schema_version": SCHEMA_VERSION} | vars(record))
-    (folder / _STATE).unlink(missing_ok=True)
+    for name in (_STATE, _INPUTS):
+        (folder / name).unlink(missing_ok=True)
     _remove_states(folder)
 
 

@@ -45,18 +45,14 @@ class ConvGeometry:
 
     @classmethod
     def from_module(cls, module: nn.Conv2d | nn.Linear) -> ConvGeometry:
-        """The geometry of a torch layer; textual padding and padding modes other than zeros are refused."""
+        """The geometry of a torch layer; refuses padding modes other than zeros and uneven "same" padding."""
         if isinstance(module, nn.Linear):
             return cls(module.in_features, module.out_features, (1, 1))
-        if isinstance(module.padding, str):
-            raise NotImplementedError(
-                f"ConvGeometry.from_module: expected numeric padding, got {module.padding!r}"
-            )
         if module.padding_mode != "zeros":
             raise NotImplementedError(
                 f"ConvGeometry.from_module: expected padding_mode 'zeros', got {module.padding_mode!r}"
             )
-        pairs = (module.kernel_size, module.stride, module.padding, module.dilation)
+        pairs = (module.kernel_size, module.stride, _numeric_padding(module), module.dilation)
         kernel_size, stride, padding, dilation = ((int(a), int(b)) for a, b in pairs)
         return cls(
             module.in_channels, module.out_channels, kernel_size, stride, padding, dilation, module.groups
@@ -85,6 +81,20 @@ class ConvGeometry:
         P, Q = self.output_size(height, width)
         K, C, R, S = self.weight_shape
         return 2 * images * P * Q * K * C * R * S
+
+
+def _numeric_padding(conv: nn.Conv2d) -> tuple[int, ...]:
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding != "same":
+        return tuple(int(amount) for amount in conv.padding)
+    totals = [d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    if any(total % 2 for total in totals):
+        raise NotImplementedError(
+            f"ConvGeometry.from_module: expected as much padding on both sides, got padding='same' of kernel "
+            f"{conv.kernel_size} with dilation {conv.dilation}"
+        )
+    return tuple(total // 2 for total in totals)
 
 
 @dataclass(frozen=True)

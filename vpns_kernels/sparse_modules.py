@@ -2,12 +2,14 @@
 
 The kept values are a parameter, their layout is in buffers, so .to(), state_dict() and optimisers see them.
 With grad they go through the differentiable op, and what follows it through torch. Without, weights are put
-into the kernel's order once per input shape and stay so until they change (through anything but `.data`,
-which leaves no trace).
+into the kernel's order once per input shape and stay so until they change. In training mode, and from a call
+with grad to the next eval(), they are compared at each call: fused optimizers and compiled steps change them
+without a trace. In eval mode a change through `.data` goes unnoticed.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -60,7 +62,7 @@ class _Sparse(nn.Module):
         self._layout_names = [f"layout_{i}" for i in range(len(packed.layout))]
         for name, array in zip(self._layout_names, packed.layout, strict=True):
             self.register_buffer(name, array)
-        self._cache = _cpu.PreparedCache(prepare)
+        self._cache = _cpu.PreparedCache(prepare, compares_values=True)
 
     @property
     def layout(self) -> tuple[Tensor, ...]:
@@ -96,12 +98,11 @@ class _Sparse(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # What was prepared from the values of before would keep them in memory.
-        self._cache = _cpu.PreparedCache(prepare)
+        self._cache = deepcopy(self._cache)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Self:
-        # A compiled step, of which nothing is seen here, may have gone before.
-        self._cache.expect_change()
+        self._cache.compare_values(mode)
         return super().train(mode)
 
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -119,9 +120,8 @@ class _Sparse(nn.Module):
                 return known.run(x, bias, None, self.act)
         check_inputs(x, self.geometry, bias, residual, self.act, x.dtype)
         if has_grad:
-            # Fused optimizers step without counting it as a change (torch's _fused_sgd_, _fused_adam_).
-            if not torch.compiler.is_compiling():
-                self._cache.expect_change()
+            if not torch.compiler.is_compiling() and not self._cache.compares_values:
+                self._cache.compare_values(True)
             y = sparse_conv2d(x, values, self.layout, self.geometry, bias, self.backends)
             return finish(y, residual, self.act, y.dtype)
         if not is_plain or _cpu.why_not(x, values, self.kernel) is not None:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import vpns.accelerate
 from vpns.accelerate import FusedPredictor, choose_backends, fuse_predictor, set_backends
 from vpns.config import PromptConfig
-from vpns.files import read_json
+from vpns.files import read_json, write_json
 from vpns.masking import attach_masks, refresh
 from vpns.methods import METHODS, Start
+from vpns.observe import Observer, Step
 from vpns.predictor import Predictor
 from vpns.prompt import build_prompt
 from vpns.prompt.base import MEAN, STD
@@ -192,6 +193,25 @@ def test_a_run_leaves_what_was_fused_and_chosen_in_its_folder(tiny_task: ModuleT
             "kept_channels": [],
         }
         assert list(choice["layers"]) == ["conv1", "conv2", "fc"]
+
+
+def test_kernels_of_another_device_are_chosen_anew(tiny_task: ModuleType, tmp_path: Path) -> None:
+    config = tiny_task.make_config(save_every_s=0.0)
+    whole = execute(tmp_path / "whole", config, "search")
+
+    class Stop(Observer):
+        def on_step(self, step: Step) -> None:
+            if step.stage == "search":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(tmp_path / "run", config, "search", [Stop()])
+    path = tmp_path / "run" / "search" / "choice.json"
+    on_gpu = {name: {"backends": ["triton"] * 3} for name in read_json(path)["layers"]}
+    write_json(path, read_json(path) | {"device": "cuda", "layers": on_gpu})
+    resumed = execute(tmp_path / "run", config, "search")
+    assert read_json(path) == read_json(tmp_path / "whole" / "search" / "choice.json")
+    assert resumed["search"].outputs == whole["search"].outputs
 
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32(tiny_task: ModuleType) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from vpns.config import LabelMapConfig, PromptConfig, RunConfig, SearchConfig
 from vpns.files import read_tensors
 from vpns.label_map import LabelMap
 from vpns.observe import Observer, Step
 from vpns.run import execute
-from vpns.stages import search
+from vpns.stages import networks, search
 
 FINAL = ("search/masks", "search/scores", "search/prompt", "search/network", "tune/weights", "tune/prompt",
          "eval/outputs")  # fmt: skip
@@ -61,6 +63,25 @@ def test_a_run_with_any_prompt_resumes_bitwise(
         side = int((16**2 - 12**2) ** 0.5)
         assert (learned[:, side:] == 0).all()
         assert (learned[:, :, side:] == 0).all()
+
+
+def test_a_map_is_counted_on_images_whose_square_stands_still(
+    tmp_path: Path, tiny_task: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Tensor] = []
+    counted = networks.count_predictions
+
+    def noted(network: nn.Module, inputs: Iterator[tuple[Tensor, Tensor]], classes: int) -> Tensor:
+        batches = list(inputs)
+        shown.append(torch.cat([images for images, _ in batches]))
+        return counted(network, batches, classes)
+
+    monkeypatch.setattr(networks, "count_predictions", noted)
+    prompt = PromptConfig(kind="random", canvas=16, frame=2)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        execute(tmp_path / str(seed), tiny_task.make_config(prompt=prompt), "search")
+    assert torch.equal(*shown)
 
 
 @pytest.mark.parametrize("updates", [3, 4])

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from vpns.config import (
     DataConfig,
-    LabelMapConfig,
     ModelConfig,
-    PromptConfig,
     RunConfig,
     SearchConfig,
     TuneConfig,
@@ -260,6 +258,19 @@ def test_a_damaged_output_is_named_and_its_stage_can_be_done_again(
     assert sorted(map(str, rows_of(tmp_path / "run"))) == sorted(map(str, rows_of(tmp_path / "whole")))
 
 
+def test_a_stage_half_done_on_something_else_begins_anew(tmp_path: Path, tiny_task: ModuleType) -> None:
+    config = tiny_task.make_config()
+    with pytest.raises(KeyboardInterrupt):
+        execute(tmp_path / "run", config, "eval", [At("search", 5, interrupt)])
+    execute(tmp_path / "other", tiny_task.make_config(seed=8), "pretrain")
+    shutil.rmtree(tmp_path / "run" / "pretrain")
+    shutil.copytree(tmp_path / "other" / "pretrain", tmp_path / "run" / "pretrain")
+    again = Recorder()
+    execute(tmp_path / "run", config, "search", [again])
+    starts = {seen.stage: seen for seen in again.seen if isinstance(seen, Start)}
+    assert starts["search"] == Start("search", 9, 0)
+
+
 def test_a_stage_that_was_built_on_something_else_is_done_again(
     tmp_path: Path, tiny_task: ModuleType
 ) -> None:
@@ -298,57 +309,6 @@ def test_every_pattern_runs_and_the_plain_network_is_the_masked_one(
     weights = read_tensors(tmp_path / "tune" / "weights.safetensors")
     for row in rows:
         assert int((weights[f"{row['layer']}.weight"] != 0).sum()) <= row["kept"]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"schedule": "mask_then_prompt"},
-        {"schedule": "prompt_then_mask"},
-        {"prompt": PromptConfig(canvas=16, frame=2, variant="released")},
-        {"prompt": PromptConfig(canvas=16, frame=2, frozen=True)},
-        {"prompt": PromptConfig(canvas=16, frame=2, prompt_in="search")},
-        {"prompt": PromptConfig(canvas=16, frame=2, prompt_in="tune", at_inference=False)},
-        {"prompt": PromptConfig(canvas=16, frame=2, prompt_in="none")},
-        {"prompt": PromptConfig(canvas=16, kind="none", frame=0)},
-        {"label_map": LabelMapConfig("identity")},
-        {"label_map": LabelMapConfig("head")},
-        {"search": SearchConfig(epochs=2, batch_size=20, passes=2), "tune": TuneConfig(epochs=2, passes=2)},
-        {"search": SearchConfig(epochs=0), "tune": TuneConfig(epochs=0)},
-    ],
-    ids=str,
-)
-def test_every_control_runs_to_its_end(
-    tmp_path: Path, tiny_task: ModuleType, changes: dict[str, Any]
-) -> None:
-    config = tiny_task.make_config(**changes)
-    execute(tmp_path, config, "eval")
-    finished = open_finished(tmp_path).finished
-    raw = read_tensors(tmp_path / "tune" / "prompt.safetensors").get("raw")
-    if config.prompt.kind == "none":
-        assert raw is None
-    else:
-        assert raw is not None
-        is_learned = (
-            not config.prompt.frozen and config.prompt.prompt_in != "none" and config.search.epochs > 0
-        )
-        assert bool(raw.any()) == is_learned
-    assert finished["search"].result["updates"] == 3 * config.search.epochs * (
-        2 if config.search.passes == 2 or config.prompt.variant == "released" else 1
-    )
-    assert finished["dense"].result["updates"] == finished["tune"].result["updates"]
-    is_prompted = finished["eval"].result["is_prompted"]
-    if config.prompt.variant == "released" or config.prompt.prompt_in in ("search", "none"):
-        assert not is_prompted
-
-
-def test_a_frozen_prompt_and_masks_stay_as_search_left_them(tmp_path: Path, tiny_task: ModuleType) -> None:
-    execute(
-        tmp_path, tiny_task.make_config(prompt=PromptConfig(canvas=16, frame=2, prompt_in="search")), "tune"
-    )
-    for name in ("masks", "prompt"):
-        found, tuned = (read_tensors(tmp_path / s / f"{name}.safetensors") for s in ("search", "tune"))
-        assert all(torch.equal(found[key], tuned[key]) for key in found)
 
 
 def test_the_weights_of_another_run_can_be_taken(tmp_path: Path, tiny_task: ModuleType) -> None:

@@ -188,6 +188,14 @@ def test_learning_rates_follow_their_schedules() -> None:
     assert [learning_rate_frac("multistep", e, 100) for e in (0, 49, 50, 71, 72, 99)] == pytest.approx(
         [1, 1, 0.1, 0.1, 0.01, 0.01]
     )
+    # Where the shares are no whole epochs the published milestones are rounded down.
+    drops = {
+        epochs: [learning_rate_frac("multistep", e, epochs) for e in range(epochs)] for epochs in (5, 30)
+    }
+    assert [[rates.index(pytest.approx(rate)) for rate in (0.1, 0.01)] for rates in drops.values()] == [
+        [2, 3],
+        [15, 21],
+    ]
     assert learning_rate_frac("constant", 3, 4) == 1
 
 

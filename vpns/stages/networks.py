@@ -68,12 +68,14 @@ def make_predictor(
         return predictor
     fused, done = fuse_predictor(predictor, config.density)
     path = context.stage_folder(stage) / "choice.json"
-    if not path.exists():
+    device = context.device.type
+    if not path.exists() or read_json(path)["device"] != device:
         settings = config.search if stage == "search" else config.tune
         count = -(-min(settings.batch_size, len(context.images.train)) // settings.accumulate)
         images = torch.zeros(count, 3, prompt.image_size, prompt.image_size, device=context.device)
         layers = choose_backends(predictor, images)
-        write_json(path, {"schema_version": SCHEMA_VERSION, "fused": done, "layers": layers})
+        content = {"device": device, "fused": done, "layers": layers}
+        write_json(path, {"schema_version": SCHEMA_VERSION} | content)
     set_backends(network, read_json(path)["layers"])
     return fused
 
@@ -105,19 +107,25 @@ def is_prompted_at_inference(config: RunConfig) -> bool:
 
 
 def find_label_map(
-    context: Context, network: nn.Module, prompt: Prompt, stage: str, epoch: int = 0
+    context: Context,
+    network: nn.Module,
+    prompt: Prompt,
+    stage: str,
+    epoch: int = 0,
+    is_prompted: bool = True,
 ) -> LabelMap:
     """The run's label map for a network as it stands, counted on augmented training images as published.
 
     Args:
         epoch: of the stage, before which it is counted.
+        is_prompted: whether the stage's prompted passes carry the prompt at that epoch.
     """
     config, classes = context.config, len(context.images.class_names)
     if config.label_map.kind == "head":
         return LabelMap()
     if config.label_map.kind == "identity":
         return LabelMap(identity_map(config.model.source_classes, classes)).to(context.device)
-    is_prompted = stage_passes(config, stage)[0].prompted
+    is_prompted = is_prompted and stage_passes(config, stage)[0].prompted
     batches = iterate_epoch(
         context.images.train,
         (Pass(is_prompted, augmented=True),),
@@ -128,7 +136,14 @@ def find_label_map(
         config.seed,
     )
     inputs = ((prompt(batch.images, batch.prompted), batch.labels) for (batch,) in batches)
-    return LabelMap(frequency_map(count_predictions(network, inputs, classes))).to(context.device)
+    was_training = prompt.training
+    # A prompt that moves in training stands still: the map must not depend on where a run was resumed.
+    prompt.eval()
+    try:
+        counts = count_predictions(network, inputs, classes)
+    finally:
+        prompt.train(was_training)
+    return LabelMap(frequency_map(counts)).to(context.device)
 
 
 def label_map_to_list(label_map: LabelMap) -> list[int] | None:

@@ -21,6 +21,7 @@ from vpns.stages.loop import Training, train
 from vpns.stages.networks import changing_tensors, plain_prompt
 from vpns.step import Learner
 from vpns_kernels.convert import mask_layers
+from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.patterns import parse_pattern
 
 
@@ -34,7 +35,9 @@ def run_pretrain(context: Context) -> dict[str, Any]:
     network = build_model(config.model, config.model.source_classes, config.seed).to(context.device)
     _check_network(network, config.model.source_classes, config.prompt.canvas, context.device)
     # Masked once in vain, so that a network which the pattern does not fit is found here too.
-    mask_layers(copy.deepcopy(network), parse_pattern(config.pattern))
+    masked = mask_layers(copy.deepcopy(network), parse_pattern(config.pattern))
+    if config.backend != "reference":
+        _check_layers(masked)
     result: dict[str, Any] = {"source": config.model.weights}
     if config.model.weights is None and config.pretrain.epochs > 0:
         result = {"source": "letters"} | _learn_letters(context, network)
@@ -71,6 +74,19 @@ def _learn_letters(context: Context, network: nn.Module) -> dict[str, Any]:
         is_prompted=False,
     )
     return train(training, context)
+
+
+def _check_layers(network: nn.Module) -> None:
+    """Refuse a convolution that cannot be packed for the kernels."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            try:
+                ConvGeometry.from_module(layer)
+            except NotImplementedError as error:
+                raise NotImplementedError(
+                    f"pretrain: expected layers that the kernels take, got {name!r}: {error} "
+                    "(backend=reference trains it by torch's dense layers)"
+                ) from error
 
 
 @torch.no_grad()

@@ -47,10 +47,12 @@ def run_search(context: Context) -> dict[str, Any]:
     """Write masks, scores, prompt, and what else of the network moved."""
     config = context.config
     network = _start_network(context)
+    # All that learns, before a schedule's first half lets some of it rest.
+    changing = changing_tensors(("", network))
     follow_scores = _refresher(config, network)
     first = follow_scores().masks
     prompt = make_prompt(context)
-    label_map = find_label_map(context, network, prompt, "search")
+    label_map = _count_label_map(context, network, prompt, epoch=0)
     result: dict[str, Any] = {}
     if find_method(config.method).learns_scores:
         if context.checks:
@@ -60,7 +62,7 @@ def run_search(context: Context) -> dict[str, Any]:
         result |= train(_plan(context, network, prompt, label_map, config.backend), context)
     chosen = follow_scores()
     layers = describe_masks(network)
-    _write(context, network, prompt)
+    _write(context, network, prompt, changing)
     return result | {
         "label_map": label_map_to_list(label_map),
         "density": config.density,
@@ -163,7 +165,7 @@ def _plan(
     def follow(epoch: int) -> None:
         # Before the first epoch it has just been counted.
         if is_iterative and epoch > 0 and label_map.sequence is not None:
-            found = find_label_map(context, network, prompt, "search", epoch).sequence
+            found = _count_label_map(context, network, prompt, epoch).sequence
             assert found is not None
             label_map.sequence.copy_(found)
 
@@ -184,11 +186,18 @@ def _plan(
     )
 
 
-def _write(context: Context, network: nn.Module, prompt: Prompt) -> None:
+def _count_label_map(context: Context, network: nn.Module, prompt: Prompt, epoch: int) -> LabelMap:
+    """On images as the epoch's scores see them."""
+    config = context.config
+    is_prompted = find_phase(config.schedule, epoch, config.search.epochs).is_prompted
+    return find_label_map(context, network, prompt, "search", epoch, is_prompted)
+
+
+def _write(context: Context, network: nn.Module, prompt: Prompt, changing: dict[str, Tensor]) -> None:
     folder, masked = context.stage_folder("search"), mask_modules(network)
     write_tensors(folder / "masks.safetensors", {name: m.mask for name, m in masked.items()})
     write_tensors(folder / "scores.safetensors", {name: m.scores for name, m in masked.items()})
     write_tensors(folder / "prompt.safetensors", prompt.state_dict())
     own = [f"{name}.{what}" for name in masked for what in ("scores", "mask")]
-    moved = {n: t for n, t in changing_tensors(("", network)).items() if n not in own}
+    moved = {name: tensor for name, tensor in changing.items() if name not in own}
     write_tensors(folder / "network.safetensors", moved)

@@ -35,22 +35,23 @@ class PreparedCache(Generic[_Form]):
     Args:
         prepare: makes a form; importable by name, so that an owner can be pickled. A form that can take
             other values of its layout at less cost has `refilled(values)`, which gives the new form.
-        compares_values: at each call, with a copy. Otherwise a change of them through `.data` goes unnoticed,
-            as one of the layout always does: it leaves no trace.
+        compares_values: at each call, with a copy. Otherwise a change of them that leaves no trace goes
+            unnoticed (through `.data`, by torch's fused optimizers, in a compiled step), as one of the layout
+            always does.
     """
 
     def __init__(self, prepare: _Prepare[_Form], compares_values: bool = False) -> None:
-        self._prepare, self._compares_values = prepare, compares_values
+        self._prepare, self.compares_values = prepare, compares_values
         self._lock = Lock()
         self._made: _Made[_Form] | None = None
         # What was asked last, the form and the storages: read and written at once, so no lock is needed
         self._last: tuple[tuple[object, ...], _Form, list[object]] | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> PreparedCache[_Form]:
-        return PreparedCache(self._prepare, self._compares_values)
+        return PreparedCache(self._prepare, self.compares_values)
 
     def __reduce__(self) -> tuple[type[PreparedCache[Any]], tuple[_Prepare[_Form], bool]]:
-        return PreparedCache, (self._prepare, self._compares_values)
+        return PreparedCache, (self._prepare, self.compares_values)
 
     def get(
         self,
@@ -79,7 +80,7 @@ class PreparedCache(Generic[_Form]):
             if made is None or made.stamps != stamps:
                 validate(values, layout, geometry)
                 made = self._made = _Made(stamps, tuple(tensor.untyped_storage() for tensor in layout))
-            filling = made.filling_of(values, self._compares_values)
+            filling = made.filling_of(values, self.compares_values)
             forms = made.forms.setdefault(make, OrderedDict())
             found, filled = forms.get(key, (None, -1))
             if found is not None and filled == filling:
@@ -104,7 +105,7 @@ class PreparedCache(Generic[_Form]):
     ) -> _Form | None:
         """The form that `remember` was told, where nothing differs from then: small calls' short way."""
         last = self._last
-        if last is None or _is_untraced(values, layout):
+        if last is None or self.compares_values or _is_untraced(values, layout):
             return None
         return last[1] if last[0] == _ticket(values, layout, x, kernel) else None
 
@@ -116,10 +117,10 @@ class PreparedCache(Generic[_Form]):
             storages: list[object] = [tensor.untyped_storage() for tensor in (values, *layout)]
             self._last = _ticket(values, layout, x, kernel), form, storages
 
-    def expect_change(self) -> None:
-        """Take the values for others at the next call: some write to them without a trace."""
-        self._last = None
+    def compare_values(self, is_wanted: bool) -> None:
+        """From now on, at each call, or not; either way the next call takes them for others."""
         with self._lock:
+            self.compares_values, self._last = is_wanted, None
             if self._made is not None:
                 self._made.forget_values()
 
@@ -149,7 +150,9 @@ class _Made(Generic[_Form]):
     def filling_of(self, values: Tensor, compares_values: bool) -> int:
         """A number that rises whenever the values are others than at the last call."""
         stamp = _stamp(values)
-        is_same = stamp == self._values_stamp and (self._copy is None or torch.equal(self._copy, values))
+        is_same = stamp == self._values_stamp
+        if is_same and compares_values:
+            is_same = self._copy is not None and torch.equal(self._copy, values)
         if not is_same:
             self._filling += 1
             self._values_stamp, self._values_storage = stamp, values.untyped_storage()
