@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vpns_kernels.graph_nodes import (
+    drops_pixels,
     is_cat,
     is_flatten,
     is_flattening_view,
@@ -26,6 +27,7 @@ from vpns_kernels.graph_nodes import (
     is_pointwise,
     is_pool,
     reads_batch,
+    reads_shape,
 )
 from vpns_kernels.tracing import find_single_calls, has_hooks
 
@@ -43,7 +45,12 @@ _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 
 @dataclass(frozen=True)
 class Flow:
-    """What is known of an activation: ids [C], constants [C] (float64, NaN where none), flattened or not."""
+    """What is known of an activation: ids and constants of its channels.
+
+    Args:
+        values: float64 [C], NaN where a channel is no constant.
+        is_flat: [N, C · pixels], as a flatten or a linear layer leaves it, which alone a linear layer reads.
+    """
 
     ids: Tensor
     values: Tensor
@@ -109,11 +116,11 @@ class ChannelFlow:
         return found
 
     def _follow(self, node: fx.Node) -> Flow | None:
-        inputs = [self.flows[source] for source in node.all_input_nodes]
+        inputs = [self.flows[source] for source in node.all_input_nodes if not reads_batch(source)]
         if node.op == "output":
             self.output = node.all_input_nodes[0] if len(inputs) == 1 else None
             return self._pin(inputs)
-        if node.op in ("placeholder", "get_attr") or reads_batch(node):
+        if node.op in ("placeholder", "get_attr") or reads_batch(node) or reads_shape(node):
             return None
         if is_in_place(node, self._modules) and self._is_read_later(node):
             return self._pin(inputs)
@@ -137,7 +144,7 @@ class ChannelFlow:
             return Flow(before.ids, before.values, is_flat=True)
         if is_pool(node, self._modules) and not before.is_flat:
             is_kept = _keeps_constants(node, module) | (before.values == 0)
-            return Flow(before.ids, before.values.where(is_kept, math.nan))
+            return Flow(before.ids, before.values.where(is_kept, math.nan), drops_pixels(node))
         is_call = node.op == "call_function" and node.target in _POINTWISE_CALLS
         if node.kwargs.get("training"):
             return self._pin([before])
@@ -167,7 +174,8 @@ class ChannelFlow:
                 return self._pin([before])
             place = Place(layer, before, None)
             unknown = torch.full((size,), math.nan, dtype=torch.float64)
-            after = Flow(self._new(count), _constants(place, (unknown if before is None else before.values)))
+            values = _constants(place, unknown if before is None else before.values)
+            after = Flow(self._new(count), values, is_flat=isinstance(layer, nn.Linear))
         self.places[name] = Place(layer, before, after)
         return after
 
@@ -269,9 +277,10 @@ def _keeps_constants(node: fx.Node, module: nn.Module | None) -> Tensor:
 
 def _fits(layer: nn.Conv2d | nn.Linear, before: Flow) -> bool:
     size = layer.weight.shape[1]
-    if isinstance(layer, nn.Conv2d) or not before.is_flat:
+    if isinstance(layer, nn.Conv2d):
         return not before.is_flat and size == len(before.ids)
-    return size % len(before.ids) == 0
+    # A linear layer behind a convolution reads rows of pixels, not channels.
+    return before.is_flat and size % len(before.ids) == 0
 
 
 def _is_plain(layer: nn.Module) -> bool:

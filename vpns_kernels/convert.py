@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vpns_kernels.channels import find_streams, trace_streams, zero_channels
+from vpns_kernels.copying import copy_network
 from vpns_kernels.formats import holding_pattern
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.modules import ChannelMask, MaskedConv2d, MaskedLinear, MaskModule, copy_attributes
@@ -61,7 +61,7 @@ def mask_modules(model: nn.Module) -> dict[str, MaskModule]:
 
 def freeze(model: nn.Module) -> nn.Module:
     """A plain copy of a masked network: zeros where weights are masked, same outputs, torch's own keys."""
-    plain = copy.deepcopy(model)
+    plain = copy_network(model)
     if isinstance(plain, fx.GraphModule) and any(isinstance(m, ChannelMask) for m in plain.modules()):
         return _freeze_channels(plain)
     for name, layer in mask_modules(plain).items():
@@ -103,7 +103,7 @@ def sparsify(
     """
     if mask_modules(model):
         raise ValueError("sparsify: expected a plain network, got a masked one (freeze it first)")
-    sparse = copy.deepcopy(model)
+    sparse = copy_network(model)
     layers = _layers(sparse)
     if masks is None:
         found = {name: layer.weight.detach() != 0 for name, layer in layers.items()}
@@ -129,7 +129,7 @@ def densify(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a layer that also adds a residual or activates, which torch's own do not.
     """
-    dense = copy.deepcopy(model)
+    dense = copy_network(model)
     layers = {n: m for n, m in dense.named_modules() if isinstance(m, SparseConv2d | SparseLinear)}
     fused = {name for name, layer in layers.items() if layer.act != "none"}
     if isinstance(dense, fx.GraphModule):
@@ -155,7 +155,7 @@ def _is_channel_masked(model: nn.Module) -> bool:
 
 def _with_ones(model: nn.Module) -> nn.Module:
     """A copy whose weights are all one, so that what freezing zeroes is exactly the mask."""
-    ones = copy.deepcopy(model)
+    ones = copy_network(model)
     for module in ones.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.ones_(module.weight)

@@ -6,12 +6,12 @@ residual only where both sides of the add have one shape for inputs of every siz
 
 from __future__ import annotations
 
-import copy
 import operator
 
 import torch
 from torch import fx, nn
 
+from vpns_kernels.copying import copy_network
 from vpns_kernels.folding import fold_batch_norm
 from vpns_kernels.formats import unpack
 from vpns_kernels.geometry import ConvGeometry
@@ -45,7 +45,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     if training := [name for name, module in model.named_modules() if module.training]:
         raise ValueError(f"fuse: expected evaluation mode, got training at {training[0]!r} (call .eval())")
-    model = copy.deepcopy(model)
+    model = copy_network(model)
     traced = trace(model)
     if traced is None:
         return model

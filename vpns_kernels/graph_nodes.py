@@ -54,14 +54,21 @@ def is_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.op == "call_function" and node.target in _POOL_CALLS
 
 
+def drops_pixels(node: fx.Node) -> bool:
+    """Whether the node is a mean that leaves [N, C]."""
+    keeps = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    return node.op == "call_method" and node.target == "mean" and not keeps
+
+
 def is_flatten(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the node lays out each channel's pixels one after the other, channel by channel."""
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return isinstance(module, nn.Flatten) and module.start_dim == 1
+        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
     is_call = node.op == "call_function" and node.target is torch.flatten
     is_call = is_call or (node.op == "call_method" and node.target == "flatten")
-    return is_call and bool(_argument(node, "start_dim") == 1)
+    end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
+    return bool(is_call and _argument(node, "start_dim") == 1 and end == -1)
 
 
 def is_dropout(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -92,12 +99,21 @@ def is_cat(node: fx.Node) -> bool:
 
 
 def reads_batch(node: fx.Node) -> bool:
-    """Whether the node is x.size(0)."""
+    """Whether the node is x.size(0) or x.shape[0]."""
+    if node.op == "call_function" and node.target is operator.getitem:
+        source, place = node.args
+        return isinstance(source, fx.Node) and reads_shape(source) and bool(place == 0)
     return node.op == "call_method" and node.target == "size" and node.args[1:] == (0,)
 
 
+def reads_shape(node: fx.Node) -> bool:
+    """Whether the node is x.shape, of which nothing but x.shape[0] is read."""
+    is_shape = node.op == "call_function" and node.target is getattr and node.args[1] == "shape"
+    return is_shape and all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+
+
 def is_flattening_view(node: fx.Node) -> bool:
-    """Whether the node is x.view(x.size(0), -1)."""
+    """Whether the node is x.view(x.size(0), -1), or reshape, or with x.shape[0]."""
     if node.op != "call_method" or node.target not in ("view", "reshape") or len(node.args) != 3:
         return False
     first = node.args[1]

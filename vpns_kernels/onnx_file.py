@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -12,6 +11,8 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+
+from vpns_kernels.copying import copy_network
 
 
 def why_no_onnx(*packages: str, extra: str = "onnx") -> str | None:
@@ -32,7 +33,7 @@ def to_onnx(network: nn.Module, x: Tensor, any_batch: bool = False) -> bytes:
     """
     if (reason := why_no_onnx("onnx", "onnxscript")) is not None:
         raise NotImplementedError(f"to_onnx: expected torch's exporter to be complete, got: {reason}")
-    plain = copy.deepcopy(network).eval()
+    plain = copy_network(network).eval()
     shapes = ({0: torch.export.Dim.DYNAMIC},) if any_batch else None
     # With one image, the exporter would take the batch for a constant.
     given = x.repeat(2, *(1 for _ in x.shape[1:])) if any_batch and len(x) == 1 else x

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from vpns_kernels.channel_flow import ChannelFlow, Flow, Place
 from vpns_kernels.convert import freeze, mask_modules
+from vpns_kernels.copying import copy_network
 from vpns_kernels.tracing import trace
 
 # How far apart outputs may be, by largest entry, before one calls it a defect.
@@ -54,7 +55,7 @@ def shrink(
     """
     if training := [name for name, module in model.named_modules() if module.training]:
         raise ValueError(f"shrink: expected evaluation mode, got training at {training[0]!r} (call .eval())")
-    plain = freeze(model) if mask_modules(model) else copy.deepcopy(model)
+    plain = freeze(model) if mask_modules(model) else copy_network(model)
     traced = trace(plain)
     if traced is None:
         raise NotImplementedError(

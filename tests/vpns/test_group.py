@@ -30,8 +30,8 @@ from vpns_kernels.convert import mask_modules
 folder, left = Path(sys.argv[1]), Path(sys.argv[2])
 write = vpns.stages.search._write
 
-def write_and_leave(context, network, prompt):
-    write(context, network, prompt)
+def write_and_leave(context, network, prompt, changing):
+    write(context, network, prompt, changing)
     tensors = {"raw": prompt.raw}
     for name, module in mask_modules(network).items():
         tensors |= {f"{name}.mask": module.mask, f"{name}.scores": module.scores}

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from vpns_kernels import native
 from vpns_kernels.engine.drafts import Lowered
-from vpns_kernels.engine.engine import Engine
+from vpns_kernels.engine.engine import Engine, check_threads
 from vpns_kernels.engine.gpu import GpuEngine
 from vpns_kernels.engine.gpu_compile import choose_kernels, device_dtype
 from vpns_kernels.engine.lower import lower
-from vpns_kernels.engine.report import StepReport
+from vpns_kernels.engine.report import StepReport, describe_pruning
 from vpns_kernels.engine.select import draft_plan
 from vpns_kernels.engine.strips import with_strips
 from vpns_kernels.engine.trace import Traced, trace_network
@@ -64,7 +64,10 @@ def compile(
         >>> engine(torch.zeros(5, 3, 8, 8)).shape
         torch.Size([5, 4])
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compile: expected a module, got {type(model).__name__}")
     _check_input(example_input)
+    check_threads("compile", threads)
     device = example_input.device
     if device.type != "cpu" and threads is not None:
         raise ValueError(f"compile: expected no threads for {device}, got {threads}")
@@ -174,7 +177,8 @@ class _Rivals:
             kernel = (self._sparse if takes_sparse else self._dense).kernels[place]
             known = (ours if self._pruned[place] else None, theirs if step.layer is not None else None)
             note = notes.get(self._lowered.steps[place].layer, "") if step.op == "torch" else ""
-            reports.append(StepReport(step.name, *known, ours if takes_sparse else theirs, kernel, note))
+            ms, left = ours if takes_sparse else theirs, describe_pruning(step)
+            reports.append(StepReport(step.name, *known, ms, kernel, note, **left))
         total = sum(report.ms for report in reports)
         return _Timed(chunk, total, {report.name: report.is_sparse for report in reports}, reports)
 

@@ -171,7 +171,10 @@ class Lowering:
             return torch.tensor(argument, dtype=torch.float64, device=self.device)
         if not isinstance(argument, fx.Node) or argument.name not in self._traced.tensors:
             self.refuse(node, f"expected a weight of the network, got {argument}")
-        return self._traced.tensors[argument.name].double()
+        found = self._traced.tensors[argument.name]
+        if found.is_complex():
+            self.refuse(node, f"expected real numbers, got {found.dtype} in {argument.name}")
+        return found.double()
 
     def layer_of(self, argument: fx.Node) -> str:
         """The name of the module whose weight an argument is."""

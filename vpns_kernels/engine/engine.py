@@ -143,6 +143,9 @@ class Engine:
             stored.append(export_program(program, example, other))
         return stored
 
+    def __reduce__(self) -> tuple[type[Engine], tuple[Any, ...]]:
+        return type(self), (self.plan, self.reports, None, self.threads, self.programs)
+
     def _result(self, tensors: dict[int, Tensor]) -> Tensor:
         assert self.plan.output is not None
         y, size = tensors[self.plan.output], self.plan.values[self.plan.output]
@@ -190,6 +193,16 @@ class Engine:
     def _borrow(self) -> Any:
         with self._lock:
             return self._idle.pop() if self._idle else native.library().ExecutionContext()
+
+
+def check_threads(who: str, threads: int | None) -> None:
+    """Refuse what is no number of threads."""
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise TypeError(f"{who}: expected threads as a whole number or None, got {threads!r}")
+    if threads < 1:
+        raise ValueError(f"{who}: expected at least 1 thread, got {threads}")
 
 
 def save_engine(

@@ -7,6 +7,7 @@ kernel that leaves out what was pruned.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,10 @@ class GpuEngine(Engine):
     def batch_sizes(self) -> list[int]:
         """Of what is recorded, the least recently used first."""
         return [] if self._graphs is None else self._graphs.batch_sizes
+
+    def __reduce__(self) -> tuple[type[Engine], tuple[Any, ...]]:
+        made_of = (self.plan, self.device, self._kernel_of, self.reports, self.programs)
+        return type(self), (*made_of, None, self._graphs is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """As Engine's; x is on the engine's device."""

@@ -16,7 +16,7 @@ from vpns_kernels.engine.gpu_weights import LayerWeights
 from vpns_kernels.engine.graphs import Recorder
 from vpns_kernels.engine.plan import Plan
 from vpns_kernels.engine.programs import TorchProgram
-from vpns_kernels.engine.report import StepReport
+from vpns_kernels.engine.report import StepReport, describe_pruning
 
 # From here on GPUs multiply bfloat16.
 _LEAST_CAPABILITY = (8, 0)
@@ -95,7 +95,8 @@ def _time_layer(
     kernel = min(times, key=lambda name: times[name])
     others = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     sparse_ms = min(sparse.values(), default=None)
-    return StepReport(step.name, sparse_ms, dense_ms, times[kernel], kernel, others=others)
+    left = describe_pruning(step)
+    return StepReport(step.name, sparse_ms, dense_ms, times[kernel], kernel, others=others, **left)
 
 
 def build_engine(

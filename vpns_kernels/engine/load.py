@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vpns_kernels.engine.artifact import read_artifact
-from vpns_kernels.engine.engine import Engine
+from vpns_kernels.engine.engine import Engine, check_threads
 from vpns_kernels.engine.files import ArtifactError
 from vpns_kernels.engine.gpu_compile import open_on_device
 from vpns_kernels.engine.programs import open_program
@@ -33,9 +33,10 @@ def load(
 
     Raises:
         ArtifactError: names the file and what is wrong with it; also where it holds layers but no network.
-        ValueError: threads of a GPU, or no images.
+        ValueError, TypeError: threads of a GPU, no threads, or no images.
         RuntimeError: torch has no such device.
     """
+    check_threads("load", threads)
     artifact = read_artifact(Path(folder))
     if artifact.plan.input is None:
         raise ArtifactError(

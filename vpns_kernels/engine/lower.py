@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from vpns_kernels.engine.arguments import arguments_of, each_channel, pair
-from vpns_kernels.engine.drafts import Draft, Framed, Lowered, Lowering
+from vpns_kernels.engine.drafts import Draft, Framed, Lowered, Lowering, LoweringError
 from vpns_kernels.engine.lower_arithmetic import (
     add,
     batch_norm,
@@ -70,6 +70,8 @@ def lower(traced: Traced, is_native: bool = True) -> Lowered:
                 lower_node(to, node)
         else:
             _leave_to_torch(to, traced, segment)
+    if not to.found.steps:
+        raise LoweringError("compile: expected a network that computes something, got its input back")
     to.set_output(nodes[-1])
     return to.found
 

@@ -103,6 +103,9 @@ def _combine(to: Lowering, node: fx.Node, x: Any, scale: Any, shift: Any, sign: 
     """scale · x + sign · shift, where both are constants."""
     if not _is_activation(to, x):
         to.refuse(node, f"expected an activation, got {x}")
+    found, given = node.meta["val"], x.meta["val"]
+    if found.dtype != given.dtype or found.shape[1:] != given.shape[1:]:
+        to.refuse(node, f"expected {_describe(given)} to stay one, got {_describe(found)}")
     factor = scale if isinstance(scale, Tensor) else to.tensor_of(node, scale)
     summand = to.tensor_of(node, shift) * sign
     # What can change a layer before it does; else the convolution that reads it takes it in.
@@ -112,6 +115,10 @@ def _combine(to: Lowering, node: fx.Node, x: Any, scale: Any, shift: Any, sign: 
     channels = int(node.meta["val"].shape[1])
     factor, summand = (_by_channel(to, node, constant, channels) for constant in (factor, summand))
     return _scale(to, node, x, factor, summand, node.name, lambda _: to.add_value(node))
+
+
+def _describe(value: Tensor) -> str:
+    return f"{str(value.dtype)[6:]} [N, {', '.join(map(str, value.shape[1:]))}]"
 
 
 def _by_channel(to: Lowering, node: fx.Node, constant: Tensor, channels: int) -> Tensor:

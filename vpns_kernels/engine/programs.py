@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from vpns_kernels.copying import cast_floats
 from vpns_kernels.engine.program_file import check_program, strip_program
 from vpns_kernels.engine.trace import Traced, is_computed, place_of
 
@@ -74,7 +75,7 @@ class TorchProgram:
         """The same with weights and values of another type."""
         name = str(dtype).removeprefix("torch.")
         reads = tuple(replace(port, dtype=name) for port in self.reads)
-        return replace(self, module=copy.deepcopy(self.module).to(dtype), reads=reads)
+        return replace(self, module=cast_floats(copy.deepcopy(self.module), dtype), reads=reads)
 
     def run(self, tensors: dict[int, Tensor]) -> None:
         """Take what it reads from the tensors of a call, and put there what it writes."""

@@ -20,6 +20,7 @@ class StepReport:
         kernel: that runs it; empty without weights.
         note: why torch runs it; empty of a native step.
         others: kernels that would leave out what was pruned and do not take the step, each with its reason.
+        pattern, density: of what pruning has left, whichever way it runs; empty and None where nothing was.
     """
 
     name: str
@@ -29,6 +30,8 @@ class StepReport:
     kernel: str
     note: str = ""
     others: str = ""
+    pattern: str = ""
+    density: float | None = None
 
     @property
     def is_sparse(self) -> bool:
@@ -82,9 +85,8 @@ class EngineReport:
                 {
                     "op": step.op,
                     "shape": _shape(self.plan, step),
-                    "pattern": "" if layer is None else layer.packed.pattern.spec,
-                    "density": None if layer is None else layer.packed.density,
                     **asdict(report),
+                    "density": 1.0 if layer is not None and report.density is None else report.density,
                     "is_sparse": report.is_sparse,
                     "share": report.ms / total if total else 0.0,
                     "reason": report.reason,
@@ -119,6 +121,14 @@ class EngineReport:
             *_align(table),
         ]
         return "\n".join(lines)
+
+
+def describe_pruning(step: PlanStep) -> dict[str, Any]:
+    """Pattern and density, as of a report, of a step that is packed without what was pruned."""
+    packed = None if step.layer is None else step.layer.packed
+    if packed is None or packed.density == 1:
+        return {}
+    return {"pattern": packed.pattern.spec, "density": packed.density}
 
 
 def _align(table: Sequence[Sequence[str]]) -> list[str]:

@@ -6,7 +6,6 @@ are looked up by the name that they have in the network.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import prune
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.export.graph_signature import ExportGraphSignature, OutputKind
 
 from vpns_kernels.convert import densify, freeze, mask_modules
+from vpns_kernels.copying import cast_floats, copy_network
 from vpns_kernels.formats import unpack
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
 
@@ -88,8 +89,12 @@ def trace_network(model: nn.Module, example: Tensor) -> Traced:
 
     Raises:
         ValueError: a module in training mode.
-        TraceError: torch.export cannot follow the network; the reason, and where.
+        TraceError: torch.export cannot follow the network, or it returns anything but one tensor, or
+            remembers something from call to call; the reason, and where.
     """
+    if isinstance(model, nn.DataParallel | OptimizedModule):
+        # What these wrap is the network.
+        model = model.module if isinstance(model, nn.DataParallel) else model._orig_mod
     if training := [name for name, module in model.named_modules() if module.training]:
         raise ValueError(f"compile: expected evaluation mode, got training at {training[0]!r} (call .eval())")
     plain, masks = _plain(model)
@@ -100,13 +105,18 @@ def trace_network(model: nn.Module, example: Tensor) -> Traced:
             warnings.simplefilter("ignore")
             dynamic = ({0: torch.export.Dim("batch", max=1 << 16)},)
             exported = torch.export.export(plain, (images,), dynamic_shapes=dynamic)
+            returned = exported.call_spec.out_spec
             exported = exported.run_decompositions({})
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:3])[:400] or type(error).__name__
+        if "Constraints violated (batch)" in reason:
+            reason = "it takes the number of images for a constant, as len(x) does (x.shape[0] stays open)"
         place = _find_place(error, plain)
         message = f"compile: expected a network that torch.export can follow, got{place}: {reason}"
         raise TraceError(message) from error
+    if returned is None or not returned.is_leaf():
+        raise TraceError(f"compile: expected a network that returns one tensor, got {_describe(returned)}")
     signature = exported.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     stored = {**exported.constants, **exported.state_dict}
@@ -115,13 +125,45 @@ def trace_network(model: nn.Module, example: Tensor) -> Traced:
         names[key], tensors[key] = name, exported.constants[name]
     found = {key: tensor.detach() for key, tensor in tensors.items() if tensor is not None}
     graph = exported.graph
+    _drop_writes(graph, signature)
     # Operations have no effects; what nobody reads are checks of sizes that hold for these images.
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users:
             graph.erase_node(node)
     _compute_constants(graph, found, names)
+    _check_memory(graph, signature)
     images = next(node for node in graph.nodes if node.op == "placeholder" and node.name not in names)
     return Traced(graph, found, names, masks, images)
+
+
+def _describe(returned: Any) -> str:
+    """What a network returns, from the tree of its outputs."""
+    if returned is None:
+        return "nothing"
+    keys = f" with keys {returned.context}" if returned.type is dict else f" of {returned.num_leaves}"
+    return f"{returned.type.__name__}{keys} (compile a module that returns the one you need)"
+
+
+def _drop_writes(graph: fx.Graph, signature: ExportGraphSignature) -> None:
+    """Results that would be written over inputs and buffers: an engine leaves both as they are."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    results = zip(signature.output_specs, output.args[0], strict=True)
+    kept = tuple(result for spec, result in results if spec.kind == OutputKind.USER_OUTPUT)
+    if not all(isinstance(result, fx.Node) for result in kept):
+        raise TraceError(f"compile: expected a network that returns one tensor, got {kept[0]}")
+    output.args = (kept,)
+
+
+def _check_memory(graph: fx.Graph, signature: ExportGraphSignature) -> None:
+    """Refuse a network whose results hang on a buffer that each call writes over."""
+    written = set(signature.buffers_to_mutate.values())
+    for node in graph.nodes:
+        name = signature.inputs_to_buffers.get(node.name)
+        if node.op == "placeholder" and name in written and node.users:
+            raise TraceError(
+                "compile: expected a network that gives an image the same result at each call, got one that "
+                f"writes over its buffer {name!r} and reads it"
+            )
 
 
 def _find_place(error: BaseException, network: nn.Module) -> str:
@@ -159,21 +201,8 @@ def _plain(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     """torch's own layers, in float32 on the CPU, and what sparse ones keep."""
     sparse = {n: m for n, m in model.named_modules() if isinstance(m, SparseConv2d | SparseLinear)}
     masks = {name: _find_kept(layer) for name, layer in sparse.items()}
-    plain = freeze(model) if mask_modules(model) else densify(model) if sparse else _copy(model)
-    return plain.to(device="cpu", dtype=torch.float32), masks
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy; masks of torch.nn.utils.prune are applied."""
-    # What prune computes is an attribute with a history, which deepcopy refuses.
-    computed = [value for module in model.modules() for value in vars(module).values()]
-    known = {id(t): t.detach().clone() for t in computed if isinstance(t, Tensor) and not t.is_leaf}
-    plain = copy.deepcopy(model, known)
-    for module in plain.modules():
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)
-    return plain
+    plain = freeze(model) if mask_modules(model) else densify(model) if sparse else copy_network(model)
+    return cast_floats(plain.cpu(), torch.float32), masks
 
 
 def _find_kept(layer: SparseConv2d | SparseLinear) -> Tensor:
