@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.kernels import networks
 from vpns_kernels import compile, native, parse_pattern
 from vpns_kernels.convert import freeze, mask_layers, mask_modules, sparsify, weight_masks
-from vpns_kernels.engine import Engine, LoweringError, TraceError
+from vpns_kernels.engine import Engine, TraceError
 from vpns_kernels.engine.drafts import Lowered
 from vpns_kernels.engine.lower import lower
 from vpns_kernels.engine.select import detect_pattern, draft_plan
@@ -257,7 +257,7 @@ def test_what_cannot_be_compiled_is_refused_by_name() -> None:
     x = images(1)
     with pytest.raises(TraceError, match=r"follow, got at '1\.0' \(Branching, test_engine\.py:\d+\): Could"):
         compile(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(Branching())).eval(), x)
-    with pytest.raises(LoweringError, match="returns one tensor"):
+    with pytest.raises(TraceError, match="returns one tensor, got tuple of 2"):
         compile(TwoResults().eval(), x)
     with pytest.raises(ValueError, match="evaluation mode, got training at ''"):
         compile(build("vgg").train(), x)

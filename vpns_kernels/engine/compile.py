@@ -53,8 +53,8 @@ def compile(
 
     Raises:
         ValueError, TypeError: a model in training mode, another input.
-        TraceError: torch.export cannot follow the network.
-        LoweringError: a network that returns something else than one activation.
+        TraceError: torch.export cannot follow the network, or it returns anything but one tensor.
+        LoweringError: that tensor is no activation, or the images themselves.
 
     Example:
         >>> import torch
