@@ -70,9 +70,6 @@ CAUSES = {
         "give or take"
     ),
     "select_threshold": "one read of the scores takes longer on this machine",
-    "points that could be seen": (
-        "differences spread by 1.7 points, those of the round that set the number of seeds by 1.4"
-    ),
 }
 
 

@@ -26,6 +26,8 @@ from vpns.sweep_options import parse_sweep
 Format = Literal["artifact", "onnx", "torch"]
 
 EXIT_ERROR = 2
+# Commands that look at what a run has made.
+_LAST = ("eval", "export", "bench", "report")
 EXIT_INTERRUPTED = 130
 COMMANDS = {
     "run": "every stage, from a network to a report",
@@ -57,8 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if list(arguments[:1]) == ["data"]:
             return 0 if run_data(parse_data(arguments[1:])) else EXIT_ERROR
         asked = parse(arguments)
+        _expect_run(asked, arguments)
     except (ArgumentError, *USER_ERRORS) as error:
         return _complain(error)
+    except KeyboardInterrupt:
+        print("vpns: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     # Importing torch takes a second, which --help and a mistyped option should not.
     from vpns.observe import Progress
     from vpns.run import execute
@@ -70,9 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(describe_run(asked.config, asked.folder))
             return 0
         if asked.downloads:
-            from vpns.data.download import download_data
+            from vpns.data.download import fetch_data
 
-            download_data(asked.config.data.name, asked.config.data.root)
+            fetch_data(asked.config.data.name, asked.config.data.root)
         until = "report" if asked.command == "run" else asked.command
         execute(asked.folder, asked.config, until, [Progress()], checks=asked.checks)
         if asked.format in ("onnx", "torch"):
@@ -135,6 +141,15 @@ def parse(arguments: Sequence[str]) -> Asked:
         downloads=chosen.download,
         is_dry=chosen.dry_run,
     )
+
+
+def _expect_run(asked: Asked, arguments: Sequence[str]) -> None:
+    """Refuse to start a run, of no settings, where a command looks at what one has made."""
+    names = {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
+    is_bare = names <= {"--debug", "--check", "--dry-run", "--format", "--run-folder"}
+    if asked.command in _LAST and is_bare and not (asked.folder / "run.json").exists():
+        hint = f"vpns run {asked.folder} starts one"
+        raise ValueError(f"{asked.command}: expected the folder of a run, got {asked.folder} ({hint})")
 
 
 def _parse_with(defaults: dict[str, Any], arguments: Sequence[str]) -> tuple[str, Namespace]:
@@ -227,21 +242,20 @@ def _bench(arguments: Sequence[str]) -> int:
     """Time a network that is not a run's; print what was found, and write it where that was asked for."""
     options = parse_bench(arguments)
     from vpns.bench import bench_model, draw_report, to_text
-    from vpns.files import make_folder, write_json
+    from vpns.files import check_writable, write_json
 
     try:
-        report = bench_model(options)
         if options.json is not None:
-            make_folder(options.json.parent)
+            check_writable(options.json)
+        report = bench_model(options)
+        print(to_text(report))
+        if options.json is not None:
             write_json(options.json, report)
             draw_report(report, options.json.with_suffix(".svg"))
     except USER_ERRORS:
         if "--debug" in arguments:
             traceback.print_exc()
         raise
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    print(to_text(report))
     return 0
 
 
@@ -258,7 +272,12 @@ def _compare(arguments: Sequence[str]) -> int:
     options = parse_comparison(arguments)
     from vpns.report.several import compare_folders
 
-    print(compare_folders(options.folders, options.output))
+    try:
+        print(compare_folders(options.folders, options.output))
+    except USER_ERRORS:
+        if options.is_debug:
+            traceback.print_exc()
+        raise
     return 0
 
 

@@ -9,14 +9,14 @@ import torch
 import yaml
 
 from vpns.config import RunConfig
-from vpns.data import DATASETS, LAYOUTS, load_data
+from vpns.data import LAYOUTS, load_data
 from vpns.data.listing import list_data
-from vpns.data.mapped import find_home
+from vpns.data.mapped import carve_missing, find_home
 from vpns.estimate import Counts, Rates, measure_rates, peak_bytes, stage_seconds
 from vpns.label_map import check_enough
 from vpns.models.published import split_name
 from vpns.models.weights import WEIGHT_LIBRARIES
-from vpns.stages.context import check_device
+from vpns.run import check_settings
 
 _UNKNOWN = Counts(0, 0, 0)
 
@@ -27,7 +27,7 @@ def describe_run(config: RunConfig, folder: Path) -> str:
     Raises:
         ValueError: settings that a run would refuse.
     """
-    check_device(config.device)
+    check_settings(config)
     threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     data, counts = _describe_data(config)
@@ -60,8 +60,6 @@ def describe_cost(config: RunConfig, rates: Rates, counts: Counts, threads: int)
 def _describe_data(config: RunConfig) -> tuple[str, Counts]:
     """What is there, and how many images it has or, as published, will have."""
     name = config.data.name
-    if name not in DATASETS:
-        raise ValueError(f"load_data: expected data.name in {sorted(DATASETS)}, got {name!r}")
     layout = LAYOUTS.get(name)
     if layout is None:
         images = load_data(config.data, config.seed, config.prompt.canvas)
@@ -69,27 +67,24 @@ def _describe_data(config: RunConfig) -> tuple[str, Counts]:
         return f"{name}, {_tell(counts, len(images.class_names))}", counts
     expected = _UNKNOWN
     if layout.published is not None:
-        expected = _split(layout.published.train, None, layout.published.test, config.data.val_fraction)
+        share = round(config.data.val_fraction * layout.published.train)
+        expected = Counts(layout.published.train - share, share, layout.published.test)
         if config.label_map.kind != "head":
             check_enough(config.model.source_classes, layout.published.classes)
     try:
-        listing = list_data(layout, find_home(layout, config.data.root))
+        home = find_home(layout, config.data.root)
+        listing = list_data(layout, home)
     except (FileNotFoundError, ValueError) as error:
         return f"not there: {error}", expected
-    sizes = {split: len(samples.labels) for split, samples in listing.splits.items()}
-    counts = _split(sizes["train"], sizes.get("val"), sizes.get("test"), config.data.val_fraction)
     if listing.problems:
         return f"incomplete: {listing.problems[0]} (vpns data check {config.data.root})", expected
     if config.label_map.kind != "head":
         check_enough(config.model.source_classes, len(listing.class_names))
+    carved = carve_missing(listing, config.data.val_fraction, config.seed, home)
+    sizes = {split: len(samples.labels) for split, samples in listing.splits.items()}
+    sizes |= {split: len(rows) for split, rows in carved.items()}
+    counts = Counts(sizes["train"], sizes["val"], sizes["test"])
     return f"{name} in {config.data.root}, {_tell(counts, len(listing.class_names))}", counts
-
-
-def _split(train: int, val: int | None, test: int | None, val_fraction: float) -> Counts:
-    """As they will be carved."""
-    share = round(val_fraction * train)
-    carved = share * ((val is None) + (test is None))
-    return Counts(train - carved, share if val is None else val, share if test is None else test)
 
 
 def _tell(counts: Counts, classes: int) -> str:

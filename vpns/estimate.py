@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 
-from vpns.config import PretrainConfig, RunConfig, StageConfig
-from vpns.data import ImageSet, Split
+from vpns.batches import count_iterations
+from vpns.config import DataConfig, PretrainConfig, RunConfig, StageConfig
+from vpns.data import ImageSet, Split, load_data
 from vpns.files import make_folder
 from vpns.methods import find_method
 from vpns.observe import EpochMetrics, Observer, Start, Step
 from vpns.stages import STAGES, Context
 from vpns.stages.networks import stage_passes
+from vpns.stages.pretrain import learns_letters
 from vpns.state import StageRecord
 
 _BATCHES = (2, 8)
@@ -87,7 +89,8 @@ def measure_rates(config: RunConfig) -> Rates:
 
 def stage_seconds(config: RunConfig, rates: Rates, counts: Counts) -> dict[str, float]:
     """Seconds of each stage that trains or tests, in order; timing at the end takes minutes on top."""
-    seconds = {"dense": _trained("dense", config.tune, len(stage_passes(config, "tune")), rates, counts)}
+    seconds = {"pretrain": _pretrain_seconds(config, rates)} if learns_letters(config) else {}
+    seconds["dense"] = _trained("dense", config.tune, len(stage_passes(config, "tune")), rates, counts)
     if find_method(config.method).learns_scores:
         passes = len(stage_passes(config, "search"))
         seconds["search"] = _trained("search", config.search, passes, rates, counts)
@@ -105,6 +108,15 @@ def peak_bytes(config: RunConfig, rates: Rates, counts: Counts) -> float | None:
     stages = (config.search, config.tune)
     largest = max(min(stage.batch_size, counts.train) // stage.accumulate for stage in stages)
     return rates.memory_bytes.at(largest)
+
+
+def _pretrain_seconds(config: RunConfig, rates: Rates) -> float:
+    """Letters are learned as the task is learned dense."""
+    letters = load_data(DataConfig("letters", val_fraction=0.1), config.seed, config.prompt.canvas)
+    size = config.pretrain.batch_size
+    updates = count_iterations(letters.train, size) * config.pretrain.passes
+    each = updates * rates.update_s["dense"].at(size) + len(letters.val) * rates.looked_at_s
+    return config.pretrain.epochs * each
 
 
 class _Stopwatch(Observer):

@@ -71,6 +71,19 @@ def make_folder(path: Path) -> None:
         raise _explain(error, path) from error
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a file that work goes into; OSError with a reason where it cannot be written."""
+    make_folder(path.parent)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"cannot write {path}: it is a folder")
+    tmp = path.with_name(path.name + _TMP)
+    try:
+        tmp.touch()
+        tmp.unlink()
+    except OSError as error:
+        raise _explain(error, path) from error
+
+
 def sync_folder(path: Path) -> None:
     """Make renames and removals in a folder last through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

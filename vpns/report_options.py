@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -16,6 +16,7 @@ class CompareOptions:
 
     folders: tuple[Path, ...]
     output: Path
+    is_debug: bool = False
 
 
 def find_comparison(arguments: Sequence[str]) -> list[str] | None:
@@ -23,7 +24,13 @@ def find_comparison(arguments: Sequence[str]) -> list[str] | None:
     if list(arguments[:1]) != ["report"]:
         return None
     options = list(arguments[1:])
-    folders = list(takewhile(lambda word: not word.startswith("-"), options))
+    # By argparse itself, which tells apart what it does not know: settings of one run.
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ahead.add_argument("folders", nargs="*")
+    ahead.add_argument("--output")
+    ahead.add_argument("--debug", action="store_true")
+    given, _ = ahead.parse_known_args(options)
+    folders = given.folders
     is_sweep = len(folders) == 1 and (Path(folders[0]) / "sweep.json").is_file()
     return options if len(folders) > 1 or is_sweep else None
 
@@ -37,4 +44,4 @@ def parse_comparison(options: Sequence[str]) -> CompareOptions:
     given = parser.parse_args(list(options))
     folders = tuple(dict.fromkeys(map(Path, given.folders)))
     own = folders[0] / "report" if len(folders) == 1 else Path("comparison")
-    return CompareOptions(folders, Path(given.output) if given.output else own)
+    return CompareOptions(folders, Path(given.output) if given.output else own, given.debug)

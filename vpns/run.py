@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 
 from vpns.config import RunConfig, differing_keys
-from vpns.data import LAYOUTS
+from vpns.data import DATASETS, LAYOUTS
+from vpns.data.letters import LETTERS
 from vpns.files import read_json, write_json
 from vpns.group import Group, join_group
 from vpns.label_map import check_enough
@@ -38,6 +39,7 @@ from vpns.prompt import build_prompt
 from vpns.stages import STAGES, Context, Stage
 from vpns.stages.context import check_device
 from vpns.stages.networks import effective_prompt, stage_passes
+from vpns.stages.pretrain import learns_letters
 from vpns.state import (
     SCHEMA_VERSION,
     StageRecord,
@@ -80,11 +82,17 @@ def execute(
     with join_group() as group, _own_folder(folder, group) as own:
         config = _open_run(own, config, group)
         context = Context(own, config, observers if group.rank == 0 else (), group=group, checks=checks)
-        for stage in _needed(until, config):
-            # What follows training is for one process alone.
-            if group.rank > 0 and stage.name not in _TRAINING:
-                break
-            context.finished[stage.name] = _do_once(context, stage)
+        try:
+            for stage in _needed(until, config):
+                # What follows training is for one process alone.
+                if group.rank > 0 and stage.name not in _TRAINING:
+                    break
+                context.finished[stage.name] = _do_once(context, stage)
+        except Exception:
+            if not _holds_work(own):
+                # Settings that came to nothing are nobody's defaults.
+                (own / "run.json").unlink(missing_ok=True)
+            raise
         return context.finished
 
 
@@ -93,7 +101,13 @@ def load_config(folder: Path) -> RunConfig:
     path = folder / "run.json"
     if not path.exists():
         raise FileNotFoundError(f"load_config: expected a run folder with run.json, got {folder}")
-    return RunConfig.from_dict(read_json(path)["config"])
+    content = read_json(path)
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"load_config: expected a run of schema_version {SCHEMA_VERSION} in {path}")
+    try:
+        return RunConfig.from_dict(content["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"load_config: expected the settings of a run in {path}, got {error!r}") from error
 
 
 def open_finished(folder: Path) -> Context:
@@ -107,6 +121,8 @@ def open_finished(folder: Path) -> Context:
 def check_settings(config: RunConfig) -> None:
     """Refuse before any work what the registries and devices of this installation cannot do."""
     method = find_method(config.method)
+    if config.data.name not in DATASETS:
+        raise ValueError(f"run: expected data.name in {sorted(DATASETS)}, got {config.data.name!r}")
     parse_pattern(config.pattern).check_density(config.density)
     build_prompt(config.prompt)
     published = LAYOUTS[config.data.name].published if config.data.name in LAYOUTS else None
@@ -114,6 +130,11 @@ def check_settings(config: RunConfig) -> None:
         # Found before many images are decoded in vain.
         check_enough(config.model.source_classes, published.classes)
     check_device(config.device)
+    if learns_letters(config) and config.model.source_classes != len(LETTERS):
+        raise ValueError(
+            f"run: expected model.source_classes={len(LETTERS)} to learn letters, got "
+            f"{config.model.source_classes} (or give model.weights, or set pretrain.epochs=0)"
+        )
     if config.schedule != "joint":
         prompt = effective_prompt(config)
         is_learned = (
@@ -149,6 +170,10 @@ def _own_folder(folder: Path, group: Group) -> Iterator[Path]:
 def _open_run(folder: Path, config: RunConfig, group: Group) -> RunConfig:
     """Write the settings down, or check them against those the folder was begun with; set the threads."""
     path = folder / "run.json"
+    if (folder / "sweep.json").exists():
+        raise ValueError(
+            f"run: expected the folder of a run, got {folder} of a sweep (its runs lie in runs/)"
+        )
     if path.exists() and _holds_work(folder):
         begun = read_json(path)
         keys = differing_keys(config, RunConfig.from_dict(begun["config"]))

@@ -1,7 +1,8 @@
 """What does a run leave in its folder, so that the same command goes on where it was killed?
 
-A training stage that is under way has `state.json` and the `state-<n>.safetensors` that it names: a new pair
-is written beside the old one and takes over in one rename. A finished stage has `stage.json`, written last.
+A stage that is under way has `stage-inputs.json`, which says what it is built on, and where it trains
+`state.json` and the `state-<n>.safetensors` that it names: a new pair is written beside the old one and takes
+over in one rename. A finished stage has `stage.json`, written last.
 """
 
 from __future__ import annotations

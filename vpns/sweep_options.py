@@ -39,6 +39,8 @@ class SweepOptions:
         for name in ("workers", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sweep: expected {name} >= 1, got {getattr(self, name)}")
+        if self.ray_address is not None and self.where != "ray":
+            raise ValueError(f"sweep: expected --on ray beside --ray-address, got --on {self.where}")
 
 
 def add_worker_options(parser: ArgumentParser) -> None:

@@ -18,7 +18,11 @@ from vpns_kernels.copying import copy_network
 def why_no_onnx(*packages: str, extra: str = "onnx") -> str | None:
     """What is not installed of these packages, and the extra that installs it; None if nothing is missing."""
     missing = [package for package in packages if find_spec(package) is None]
-    return f"{', '.join(missing)} not installed (pip install 'vpns[{extra}]')" if missing else None
+    return (
+        f"{', '.join(missing)} not installed (pip install -c constraints.txt -e '.[{extra}]')"
+        if missing
+        else None
+    )
 
 
 def to_onnx(network: nn.Module, x: Tensor, any_batch: bool = False) -> bytes:

@@ -258,7 +258,7 @@ def test_engines_that_are_not_installed_name_the_extra(monkeypatch: pytest.Monke
     assert all(opponent.call is None for opponent in found.values())
     for name in PEERS:
         assert "onnx, onnxscript" in str(found[name].why_not)
-        assert "pip install 'vpns[peers]'" in str(found[name].why_not)
+        assert "pip install -c constraints.txt -e '.[peers]'" in str(found[name].why_not)
     assert "deepsparse==1.8.0" in str(found["deepsparse float32"].why_not)
 
 

@@ -71,6 +71,18 @@ def test_images_are_those_that_pillow_decodes_in_every_size(files: list[Path], t
             assert torch.equal(store[number], torch.from_numpy(expected.copy()))
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_of_sixteen_bits_the_upper_eight_count(suffix: str, tmp_path: Path) -> None:
+    levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    path = tmp_path / f"deep{suffix}"
+    Image.fromarray(levels).save(path)
+    (pixels,) = read_image(path, (8,))
+    assert (pixels == levels // 256).all()
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match=r"8 or 16 bits, got Pillow's mode F"):
+        read_image(tmp_path / "float.tif", (8,))
+
+
 def test_the_second_time_nothing_is_decoded(files: list[Path], tmp_path: Path, decoded: list[Path]) -> None:
     first = open_decoded(files, SIDES, tmp_path / "cache")
     again = open_decoded(files, SIDES, tmp_path / "cache")

@@ -102,6 +102,7 @@ def test_downloads_are_checked_and_a_run_downloads_where_it_is_told_to(
     assert capsys.readouterr().out.endswith("whole\n")
     monkeypatch.setitem(LAYOUTS, "food101", layout)
     options = ["pretrain", str(tmp_path / "run"), "--data.name=food101", f"--data.root={tmp_path / 'other'}"]
+    options.append("--pretrain.epochs=0")
     few = ["--model.source_classes=2"]
     # A head of too few classes is found before anything is decoded.
     assert cli.main([*options, *few]) == cli.EXIT_ERROR

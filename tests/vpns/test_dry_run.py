@@ -12,7 +12,7 @@ import yaml
 
 from tests.vpns.small_sets import make_set
 from vpns import cli
-from vpns.config import DataConfig, RunConfig, SearchConfig, TuneConfig
+from vpns.config import DataConfig, PretrainConfig, RunConfig, SearchConfig, TuneConfig
 from vpns.dry_run import describe_cost
 from vpns.estimate import Counts, Line, Rates, measure_rates, peak_bytes, stage_seconds
 
@@ -80,6 +80,7 @@ def test_half_a_data_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_cost_is_updates_times_their_cost_and_images_times_theirs() -> None:
     config = RunConfig(
         data=DataConfig(),
+        pretrain=PretrainConfig(epochs=2, batch_size=100, passes=1),
         search=SearchConfig(epochs=3, batch_size=20, passes=2),
         tune=TuneConfig(epochs=5, batch_size=50),
     )
@@ -87,6 +88,8 @@ def test_cost_is_updates_times_their_cost_and_images_times_theirs() -> None:
     counts = Counts(train=100, val=30, test=200)
     found = stage_seconds(config, rates, counts)
     assert found == {
+        # 2,746 letters to learn from, 343 to validate with.
+        "pretrain": pytest.approx(2 * (28 * (1 + 100 * 0.1) + 3.43)),
         "dense": pytest.approx(5 * (2 * (1 + 50 * 0.1) + 0.3)),
         "search": pytest.approx(3 * (5 * 2 * (2 + 20 * 0.5) + 0.3)),
         "tune": pytest.approx(5 * (2 * 50 * 0.2 + 0.3)),
@@ -95,7 +98,9 @@ def test_cost_is_updates_times_their_cost_and_images_times_theirs() -> None:
     assert peak_bytes(config, rates, counts) == 1000 + 50 * 10
     lines = describe_cost(config, rates, counts, threads=2)
     total = sum(found.values())
-    assert lines[0].startswith(f"time: about {total / 60:.0f} min with 2 threads (dense 62 s")
+    assert lines[0].startswith(
+        f"time: about {total / 60:.0f} min with 2 threads (pretrain 10 min, dense 62 s"
+    )
     assert "accumulate" not in lines[1]
     huge = Rates(rates.update_s, 0.01, Line(2**50, 0))
     assert "search.accumulate" in describe_cost(config, huge, counts, threads=2)[1]

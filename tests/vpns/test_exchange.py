@@ -73,5 +73,5 @@ def test_without_the_extra_the_message_names_it(
     folder = finish(tmp_path, tiny_task.make_config())
     monkeypatch.setattr("vpns_kernels.onnx_file.find_spec", lambda name: None)
     assert cli.main(["export", str(folder), "--format", "onnx"]) == 2
-    assert "pip install 'vpns[onnx]'" in capsys.readouterr().err.splitlines()[-1]
+    assert "pip install -c constraints.txt -e '.[onnx]'" in capsys.readouterr().err.splitlines()[-1]
     assert not (folder / "export" / "network.onnx").exists()

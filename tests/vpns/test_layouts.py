@@ -165,6 +165,10 @@ def test_a_class_of_validation_that_training_lacks_is_named(
     path.write_text(path.read_text().replace("n02", "n99"))
     with pytest.raises(ValueError, match=r"classes that wnids.txt has not: n99"):
         load(name, tmp_path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], lines[-1].partition("\t")[0]]))
+    with pytest.raises(ValueError, match=rf"line {len(lines)} of val_annotations.txt has no class"):
+        load(name, tmp_path)
 
 
 def test_flowers_of_two_names_for_a_label_are_refused(

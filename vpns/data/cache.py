@@ -27,6 +27,8 @@ from vpns.data.decode import read_image
 from vpns.files import make_folder, replace_file
 
 _CHUNK = 256
+# Counted up where the same file comes to be decoded to other pixels.
+_DECODING = 2
 
 
 def open_decoded(files: Sequence[Path], sides: tuple[int, ...], folder: Path, hint: str = "") -> list[Tensor]:
@@ -59,7 +61,7 @@ def cache_folder(given: str | None) -> Path:
 
 
 def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256(PIL.__version__.encode())
+    digest = hashlib.sha256(f"{PIL.__version__} {_DECODING}".encode())
     for file in files:
         found = file.stat()
         digest.update(f"{file}\0{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\n".encode())

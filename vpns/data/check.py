@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vpns.data.decode import read_image
+from vpns.data.decode import is_image, read_image
 from vpns.data.listing import LAYOUTS, Layout, list_data
 
 _SHOWN = 10
@@ -85,6 +85,8 @@ def _check(layout: Layout, home: Path, decodes: bool) -> Checked:
         f"{len(samples.labels):,} images in {name}" for name, samples in listing.splits.items()
     )
     summary, problems = f"{len(listing.class_names)} classes, {counts}", listing.problems
+    if ignored := _count_others(layout, home):
+        summary = f"{summary} ({ignored:,} files of other types are not read)"
     if decodes:
         files = [
             file
@@ -95,6 +97,14 @@ def _check(layout: Layout, home: Path, decodes: bool) -> Checked:
         ]
         problems = (*problems, *_undecodable(files))
     return Checked(layout.name, home, summary, problems)
+
+
+def _count_others(layout: Layout, home: Path) -> int:
+    """Files in a user's own class folders that are no images, by their names."""
+    if layout.name != "folder":
+        return 0
+    files = (path for path in home.rglob("*") if path.is_file() and path.parent != home)
+    return sum(path.name[0] != "." and not is_image(path) for path in files)
 
 
 def _undecodable(files: list[Path]) -> list[str]:

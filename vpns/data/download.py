@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vpns.data.listing import LAYOUTS
+from vpns.data.listing import LAYOUTS, list_data
 from vpns.files import make_folder
+
+
+def fetch_data(name: str, given: str | Path | None) -> None:
+    """Download a data set where it is not there, whole; ValueError or ConnectionError as download_data."""
+    layout = LAYOUTS.get(name)
+    home = None if layout is None or given is None else layout.find(Path(given).absolute())
+    if layout is not None and home is not None and not list_data(layout, home).problems:
+        return
+    download_data(name, given)
 
 
 def download_data(name: str, given: str | Path | None) -> None:

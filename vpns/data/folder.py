@@ -22,6 +22,11 @@ def read_folder(home: Path) -> Listing:
         raise ValueError(
             f"load_folder: expected {home / 'train'} beside {', '.join(map(str, folders.values()))}"
         )
+    other_names = [name for name in ("valid", "validation", "dev") if (home / name).is_dir()]
+    if folders and other_names:
+        raise ValueError(
+            f"load_folder: expected splits named train, val and test in {home}, got {other_names[0]}"
+        )
     folders = folders or {"train": home}
     class_names = list_classes(folders["train"])
     if len(class_names) < 2:

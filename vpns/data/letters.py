@@ -5,7 +5,6 @@ from __future__ import annotations
 import string
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -48,6 +47,9 @@ def load_letters(config: DataConfig, seed: int, canvas: int) -> ImageSet:
 
 def draw_letters() -> Split:
     """3,432 images of 32 x 32 pixels, the same at every call."""
+    # Imported where letters are drawn: it takes longer than all that most runs need of it.
+    import matplotlib
+
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     # Drawn once for all, so that the letters do not depend on any seed of the run.
     generator = torch.Generator().manual_seed(0)

@@ -6,6 +6,8 @@ import hashlib
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from vpns.config import DataConfig
 from vpns.data.augment import crop_from
 from vpns.data.base import DATASETS, ImageSet, Split
@@ -88,10 +90,21 @@ def _carve(
     listing: Listing, splits: dict[str, Split], val_fraction: float, seed: int, home: Path
 ) -> ImageSet:
     train = splits["train"]
-    missing = [name for name in ("val", "test") if name not in splits]
-    if missing:
-        shares = [round(val_fraction * len(train))] * len(missing)
-        *carved, rest = carve_splits(train.labels, shares, seed, listing.class_names, str(home))
-        splits = splits | {name: train.select(part) for name, part in zip(missing, carved, strict=True)}
-        train = train.select(rest)
-    return ImageSet(train, splits["val"], splits["test"], listing.class_names)
+    carved = carve_missing(listing, val_fraction, seed, home)
+    splits = splits | {name: train.select(part) for name, part in carved.items()}
+    return ImageSet(splits["train"], splits["val"], splits["test"], listing.class_names)
+
+
+def carve_missing(listing: Listing, val_fraction: float, seed: int, home: Path) -> dict[str, Tensor]:
+    """Which training images become which split, by name; nothing where the set has all three.
+
+    Raises:
+        ValueError: some split would miss a class.
+    """
+    labels = listing.splits["train"].labels
+    missing = [name for name in ("val", "test") if name not in listing.splits]
+    if not missing:
+        return {}
+    shares = [round(val_fraction * len(labels))] * len(missing)
+    parts = carve_splits(labels, shares, seed, listing.class_names, str(home))
+    return dict(zip((*missing, "train"), parts, strict=True))

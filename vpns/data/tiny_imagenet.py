@@ -21,7 +21,13 @@ def read_tiny(home: Path) -> Listing:
     class_names = tuple(sorted(_lines(home / "wnids.txt")))
     numbers = {name: number for number, name in enumerate(class_names)}
     train, problems = _read_train(home / "train", numbers)
-    rows = [line.split("\t")[:2] for line in _lines(home / "val" / "val_annotations.txt")]
+    lines = [line.split("\t") for line in _lines(home / "val" / "val_annotations.txt")]
+    problems += [
+        f"line {number} of val_annotations.txt has no class"
+        for number, row in enumerate(lines, 1)
+        if len(row) < 2
+    ]
+    rows = [row[:2] for row in lines if len(row) > 1]
     strangers = sorted({row[1] for row in rows} - numbers.keys())
     if strangers:
         problems.append(f"val_annotations.txt has classes that wnids.txt has not: {name_some(strangers)}")

@@ -21,7 +21,8 @@ def score_groups(start: Start) -> dict[str, Tensor]:
         import torch_pruning
     except ImportError as error:
         raise ValueError(
-            f"method depgraph: expected torch-pruning, got {error} (pip install 'vpns[peers]')"
+            f"method depgraph: expected torch-pruning, got {error} "
+            "(pip install -c constraints.txt -e '.[peers]')"
         ) from error
     network = start.fine_tuned.cpu().eval()
     example = torch.zeros(1, 3, _SIDE, _SIDE)

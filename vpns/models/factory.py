@@ -23,7 +23,7 @@ def call_factory(name: str, num_classes: int) -> nn.Module:
             raise ValueError(
                 f"call_factory: expected a module that imports, got {name!r} ({error})"
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _blame(name, "to import", error) from error
         factory = getattr(module, factory_name, None)
         if not callable(factory):
@@ -34,7 +34,7 @@ def call_factory(name: str, num_classes: int) -> nn.Module:
             )
         try:
             model = factory(num_classes=num_classes)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _blame(name, f"to return a network for num_classes={num_classes}", error) from error
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -47,7 +47,7 @@ def call_factory(name: str, num_classes: int) -> nn.Module:
     return model
 
 
-def _blame(name: str, duty: str, error: Exception) -> ValueError:
+def _blame(name: str, duty: str, error: BaseException) -> ValueError:
     """The user's own code may raise anything, few of which name it; --debug shows where."""
     return ValueError(
         f"call_factory: expected {name!r} {duty}, got {type(error).__name__}: {error} (--debug shows where)"

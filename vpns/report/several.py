@@ -9,6 +9,7 @@ from vpns.files import read_json
 from vpns.report.arms import Run, read_runs
 from vpns.report.compare import write_comparison
 from vpns.report.outcome import read_results
+from vpns.state import SCHEMA_VERSION
 
 
 def compare_folders(folders: Sequence[Path], output: Path) -> Path:
@@ -28,7 +29,12 @@ def compare_folders(folders: Sequence[Path], output: Path) -> Path:
 
 def read_sweep(folder: Path) -> list[Run]:
     """The tested runs of a sweep, with the choices of its grid."""
-    planned = read_json(folder / "sweep.json")["runs"]
+    content = read_json(folder / "sweep.json")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"report: expected a sweep of schema_version {SCHEMA_VERSION} in {folder}/sweep.json"
+        )
+    planned = content["runs"]
     choices = {folder / "runs" / name: dict(run["choices"]) for name, run in planned.items()}
     tested = [path for path in choices if "eval" in read_results(path)]
     return read_runs(tested, choices)

@@ -176,7 +176,10 @@ def _pretrain(folder: Path, settings: Settings) -> Path:
 
 def _read_settings(path: Path) -> Settings:
     """Of a YAML file as `vpns run --config` takes it; seeds are the experiment's."""
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"reproduce: expected YAML in {path}, got {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"reproduce: expected settings in {path}, got {type(content).__name__}")
     flat = flatten(content)

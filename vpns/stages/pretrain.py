@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vpns.batches import Pass
-from vpns.config import DataConfig
+from vpns.config import DataConfig, RunConfig
 from vpns.data import load_data
 from vpns.files import write_tensors
 from vpns.label_map import LabelMap, check_enough
@@ -39,7 +39,7 @@ def run_pretrain(context: Context) -> dict[str, Any]:
     if config.backend != "reference":
         _check_layers(masked)
     result: dict[str, Any] = {"source": config.model.weights}
-    if config.model.weights is None and config.pretrain.epochs > 0:
+    if learns_letters(config):
         result = {"source": "letters"} | _learn_letters(context, network)
     write_tensors(context.stage_folder("pretrain") / "weights.safetensors", network.state_dict())
     return result
@@ -48,14 +48,14 @@ def run_pretrain(context: Context) -> dict[str, Any]:
 PRETRAIN = Stage("pretrain", run_pretrain)
 
 
+def learns_letters(config: RunConfig) -> bool:
+    """Whether the network is taught them, as it has no weights and not only a random start."""
+    return config.model.weights is None and config.pretrain.epochs > 0
+
+
 def _learn_letters(context: Context, network: nn.Module) -> dict[str, Any]:
     config = context.config
     letters = load_data(DataConfig("letters", val_fraction=0.1), config.seed, config.prompt.canvas)
-    if len(letters.class_names) != config.model.source_classes:
-        raise ValueError(
-            f"pretrain: expected model.source_classes={len(letters.class_names)} to learn letters, got "
-            f"{config.model.source_classes} (or give model.weights, or set pretrain.epochs=0)"
-        )
     optimizer = build_optimizer(config.pretrain, network.parameters())
 
     def begin_epoch(epoch: int) -> tuple[Pass, ...]:

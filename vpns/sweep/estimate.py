@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vpns.batches import count_iterations
-from vpns.config import DataConfig, RunConfig
+from vpns.config import RunConfig
 from vpns.data import load_data
 from vpns.estimate import Counts, Rates, measure_rates, stage_seconds
 from vpns.sweep.grid import Grid, PlannedRun
@@ -17,6 +16,8 @@ from vpns.sweep.plan import dense_settings, plan_jobs
 
 # A process that starts, loads its images and its network, and traces it.
 _START_SECONDS = 2.0
+# Stages that a reference does for all runs that begin with it.
+_SHARED = ("pretrain", "dense")
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,4 @@ def _job_seconds(run: PlannedRun, rates: Rates, is_reference: bool) -> float:
     images = load_data(config.data, config.seed, config.prompt.canvas)
     counts = Counts(len(images.train), len(images.val), len(images.test))
     stages = stage_seconds(config, rates, counts)
-    if not is_reference:
-        return sum(seconds for stage, seconds in stages.items() if stage != "dense")
-    return stages["dense"] + _pretrain_seconds(config, rates)
-
-
-def _pretrain_seconds(config: RunConfig, rates: Rates) -> float:
-    """Letters are learned as the task is learned dense."""
-    if config.model.weights is not None or not config.pretrain.epochs:
-        return 0.0
-    letters = load_data(DataConfig("letters", val_fraction=0.1), config.seed, config.prompt.canvas)
-    size = config.pretrain.batch_size
-    updates = count_iterations(letters.train, size) * config.pretrain.passes
-    each = updates * rates.update_s["dense"].at(size) + len(letters.val) * rates.looked_at_s
-    return config.pretrain.epochs * each
+    return sum(seconds for stage, seconds in stages.items() if (stage in _SHARED) == is_reference)

@@ -32,7 +32,7 @@ class RayExecutor:
             import ray
         except ImportError as error:
             raise ValueError(
-                f"sweep: expected Ray for --on ray, got {error} (pip install 'vpns[ray]')"
+                f"sweep: expected Ray for --on ray, got {error} (pip install -c constraints.txt -e '.[ray]')"
             ) from error
         self._ray, self._workers = ray, workers
         self._running: dict[Any, tuple[Job, float]] = {}

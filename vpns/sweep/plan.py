@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vpns.config import PromptConfig, RunConfig, differing_keys
 from vpns.files import make_folder, read_json, write_json
+from vpns.models import build_model
 from vpns.run import check_settings
 from vpns.state import SCHEMA_VERSION
 from vpns.sweep.grid import Grid
@@ -34,6 +35,7 @@ def open_sweep(folder: Path, grid: Grid, threads: int) -> int:
             check_settings(run.config)
         except ValueError as error:
             raise ValueError(f"run {run.name}: {error}") from error
+    _check_networks(grid)
     path = folder / _MANIFEST
     if path.exists():
         begun = read_json(path)
@@ -49,6 +51,15 @@ def open_sweep(folder: Path, grid: Grid, threads: int) -> int:
     content = {"schema_version": SCHEMA_VERSION, "until": grid.until, "threads": threads, "runs": runs}
     write_json(path, content)
     return threads
+
+
+def _check_networks(grid: Grid) -> None:
+    """Build each network once, without its weights: a mistyped name should stop no sweep half-way."""
+    for model in dict.fromkeys(replace(run.config.model, weights=None) for run in grid.runs):
+        try:
+            build_model(model, model.source_classes, seed=0)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"sweep: {error}") from error
 
 
 def plan_jobs(grid: Grid, folder: Path, threads: int) -> list[Job]:
