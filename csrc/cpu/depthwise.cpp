@@ -13,7 +13,7 @@ constexpr int64_t kVector = 16;
 
 DepthwisePlan make_plan(const ConvShape& s, const SparseWeights& w) {
   const int64_t taps = s.R * s.S, vectors = ceil_div(s.C, kVector);
-  DepthwisePlan plan{s, vectors, {}, {}, {}};
+  DepthwisePlan plan{s, vectors, {}, {}, {}, w.indptr[s.C] == taps * s.C};
   plan.weights.assign(taps * vectors * kVector, 0.0f);
   plan.kept.assign(taps * vectors * kVector, 0);
   for (int64_t c = 0; c < s.C; ++c)
@@ -62,11 +62,20 @@ SparseConvKernel row(const char* name, Isa isa) {
           }};
 }
 
+#if defined(VPNS_WITH_AVX512)
+void run_on_avx512(const DepthwisePlan& plan, const ConvCall& call) {
+#if defined(VPNS_WITH_AVX512_BF16)
+  if (isa_usable(Isa::kAvx512Bf16)) return run_depthwise_avx512_bf16(plan, call);
+#endif
+  run_depthwise_avx512(plan, call);
+}
+#endif
+
 }  // namespace
 
 void add_depthwise_kernels([[maybe_unused]] std::vector<SparseConvKernel>& table) {
 #if defined(VPNS_WITH_AVX512)
-  table.push_back(row<run_depthwise_avx512>("depthwise_avx512", Isa::kAvx512));
+  table.push_back(row<run_on_avx512>("depthwise_avx512", Isa::kAvx512));
 #endif
 #if defined(VPNS_WITH_AVX2)
   table.push_back(row<run_depthwise_avx2>("depthwise_avx2", Isa::kAvx2));

@@ -2,7 +2,8 @@
 //
 // For a vector of channels and a few neighbouring output pixels the sums stay in registers while the taps go by: what is
 // read of a pixel is one vector, and rows of inputs are shared by the windows that overlap. Weights that were pruned are
-// left out lane by lane, so that what they would have read does not matter.
+// left out lane by lane, so that what they would have read does not matter. Where none was, square filters of the usual
+// sizes go over tiles of two rows and four columns, each input of which is loaded and widened once.
 #pragma once
 
 #include <cstdint>
@@ -21,9 +22,12 @@ struct DepthwisePlan {
   // [taps][vectors]: how many of the vector's channels keep the tap: none, some or all of those that exist
   enum class Kept : uint8_t { kNone, kSome, kAll };
   std::vector<Kept> kinds;
+  bool is_dense;  // no weight was pruned
 };
 
 void run_depthwise_avx2(const DepthwisePlan&, const ConvCall&);
 void run_depthwise_avx512(const DepthwisePlan&, const ConvCall&);
+// The same, with the instructions that round to bfloat16.
+void run_depthwise_avx512_bf16(const DepthwisePlan&, const ConvCall&);
 
 }  // namespace vpns

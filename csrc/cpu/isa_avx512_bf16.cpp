@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/depthwise.h"
 #include "cpu/multiply_rate.h"
 #include "cpu/phases.h"
 #include "cpu/prompt_conv2d.h"
@@ -32,11 +33,17 @@ namespace {
 #include "cpu/weight_gradient_vectors.inl"
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"
+#include "cpu/lanes.inl"
+#include "cpu/depthwise.inl"
 }  // namespace
 
 void run_block_avx512_bf16(const BlockPlan& plan, const ConvCall& call) { run_block<Bf16>(plan, call); }
 void run_block_grad_avx512_bf16(const BlockGradPlan& plan, const WeightGradCall& call) {
   run_block_grad<VectorProducts<Bf16>>(plan, call);
+}
+
+void run_depthwise_avx512_bf16(const DepthwisePlan& plan, const ConvCall& call) {
+  with_types(call, [&](auto x, auto y) { run_depthwise<decltype(x), decltype(y)>(plan, call); });
 }
 
 PromptSteps run_prompt_steps_avx512_bf16() { return prompt_steps<Bf16>(); }
