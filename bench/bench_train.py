@@ -55,6 +55,8 @@ FREE_FORMS = (("unstructured", "bfloat16"),)
 SWEEP_ROUNDS = 2
 # Channels and pixels of ResNet-18's residual sums at 224 px.
 NORMS = ((64, 56), (128, 28), (256, 14), (512, 7))
+# A complete run lasts: rounds of layers to one of runs.
+_RUN_ROUNDS = 4
 # What the goals of an iteration of two updates are measured against.
 TWO_UPDATES = ("torch float32", "torch.compile bfloat16")
 QUICK_RUN = ("--search.epochs=6", "--tune.epochs=3", "--pretrain.epochs=1")
@@ -238,7 +240,7 @@ def plan_runs(options: argparse.Namespace) -> list[Job]:
     if options.quick:
         measure = partial(bench_runs, 1, QUICK_RUN, (FORMS[1], REFERENCE))
     else:
-        measure = partial(bench_runs, 3, ())
+        measure = partial(bench_runs, max(1, options.rounds // _RUN_ROUNDS), ())
     return [Job("runs", 1, "runs, letters to digits", measure)]
 
 
