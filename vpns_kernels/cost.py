@@ -299,6 +299,7 @@ def _families(kernel: str) -> tuple[str, ...]:
         "channel": ("channel", "block"),
         "compact": ("compact", "dense float32"),
         "depthwise": ("depthwise", "unstructured"),
+        "grouped": ("grouped", "block"),
     }
     return families.get(family, (family,))
 

@@ -1,4 +1,4 @@
-// The loops of depthwise.h for one vector length; included after lanes.inl by each instruction set's own file.
+// The loops of depthwise.h for one vector length; included after channel_tiles.inl by each instruction set's own file.
 
 // Neighbouring output pixels whose sums are in registers, two chains of which hide the latency of an addition.
 constexpr int kDepthwisePixels = 4;
@@ -63,85 +63,6 @@ void depthwise_pixels(const DepthwisePlan& plan, const ConvCall& call, const Out
   }
 }
 
-constexpr int kDepthwiseRows = 2;
-
-// Where a tile of outputs is: `rows` rows from p on, `count` columns from q on; steps from one output to the next.
-struct DepthwiseTile {
-  int64_t n, p, q;
-  int rows, count;
-  int64_t y, step_p, step_q;
-};
-
-// kLanes channels, from c on, of a tile's outputs; of a whole one nothing lies outside.
-template <int kSize, int kStride, bool kWhole, typename X, typename Y>
-void depthwise_tile(const DepthwisePlan& plan, const ConvCall& call, const Output<Y>& out, const DepthwiseTile& tile,
-                    int64_t c) {
-  const ConvShape& s = plan.shape;
-  constexpr int kColumns = (kDepthwisePixels - 1) * kStride + kSize;
-  const int64_t h0 = tile.p * kStride - s.pad_h, w0 = tile.q * kStride - s.pad_w;
-  const int64_t step_h = call.x_stride_h, step_w = call.x_stride_w, channels = plan.vectors * 16;
-  const X* from = static_cast<const X*>(call.x) + tile.n * call.x_stride_n + h0 * step_h + w0 * step_w + c;
-  const float* const weights = plan.weights.data() + c;
-  Vec sum[kDepthwiseRows][kDepthwisePixels] = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < kSize + (kDepthwiseRows - 1) * kStride; ++i, from += step_h) {
-    if (!kWhole && (h0 + i < 0 || h0 + i >= s.H)) continue;
-    Vec x[kColumns];
-#pragma GCC unroll 16
-    for (int j = 0; j < kColumns; ++j)
-      x[j] = kWhole || (w0 + j >= 0 && w0 + j < s.W) ? load(from + j * step_w) : Vec{};
-#pragma GCC unroll 2
-    for (int row = 0; row < kDepthwiseRows; ++row) {
-      const int r = i - row * kStride;
-      if (r < 0 || r >= kSize || (!kWhole && row >= tile.rows)) continue;
-#pragma GCC unroll 8
-      for (int t = 0; t < kSize; ++t) {
-        const Vec weight = load(weights + (r * kSize + t) * channels);
-#pragma GCC unroll 4
-        for (int m = 0; m < kDepthwisePixels; ++m) sum[row][m] += x[m * kStride + t] * weight;
-      }
-    }
-  }
-  const float* const bias = static_cast<const float*>(call.bias);
-  const Vec added = bias == nullptr ? Vec{} : load(bias + c);
-#pragma GCC unroll 2
-  for (int row = 0; row < kDepthwiseRows; ++row)
-#pragma GCC unroll 4
-    for (int m = 0; m < kDepthwisePixels; ++m)
-      if (kWhole || (row < tile.rows && m < tile.count))
-        finish(out, tile.y + row * tile.step_p + m * tile.step_q + c, sum[row][m] + added);
-}
-
-template <int kSize, int kStride, typename X, typename Y>
-void run_depthwise_tiles(const DepthwisePlan& plan, const ConvCall& call) {
-  const ConvShape& s = plan.shape;
-  const Output<Y> out(call);
-  const int64_t rows = call.row_count(s), tiles = ceil_div(rows, int64_t{kDepthwiseRows});
-  const int64_t step_q = call.y_at(s, 0, 0, 1) - call.y_at(s, 0, 0, 0);
-  const int64_t step_p = call.y_at(s, 0, 1, 0) - call.y_at(s, 0, 0, 0);
-  const auto lies_within = [](int64_t first, int64_t outputs, int64_t size) {
-    return first >= 0 && first + (outputs - 1) * kStride + kSize <= size;
-  };
-#pragma omp parallel for num_threads(call.threads) schedule(static)
-  for (int64_t i = 0; i < call.batch(s) * tiles; ++i) {
-    const int64_t n = i / tiles, done = i % tiles * kDepthwiseRows, p = call.first_row + done;
-    const int here = static_cast<int>(std::min<int64_t>(kDepthwiseRows, rows - done));
-    const bool is_inside = here == kDepthwiseRows && lies_within(p * kStride - s.pad_h, here, s.H);
-    // Channels innermost, so that memory is read in its order.
-    for (int64_t q = 0; q < s.Q; q += kDepthwisePixels) {
-      const int count = static_cast<int>(std::min<int64_t>(kDepthwisePixels, s.Q - q));
-      const bool is_whole = is_inside && count == kDepthwisePixels && lies_within(q * kStride - s.pad_w, count, s.W);
-      const DepthwiseTile tile{n, p, q, here, count, call.y_at(s, n, p, q), step_p, step_q};
-      for (int64_t c = 0; c < s.C; c += kLanes) {
-        // What is left of a vector is computed once more with channels before it, to the same bits.
-        const int64_t first = std::min(c, s.C - kLanes);
-        if (is_whole) depthwise_tile<kSize, kStride, true, X>(plan, call, out, tile, first);
-        else depthwise_tile<kSize, kStride, false, X>(plan, call, out, tile, first);
-      }
-    }
-  }
-}
-
 // Whether tiles took the call: they add no residual to what they compute twice.
 template <typename X, typename Y>
 bool try_depthwise_tiles(const DepthwisePlan& plan, const ConvCall& call) {
@@ -150,8 +71,8 @@ bool try_depthwise_tiles(const DepthwisePlan& plan, const ConvCall& call) {
       s.C < kLanes || (s.C % kLanes != 0 && call.residual != nullptr))
     return false;
   const auto run = [&](auto size) {
-    if (s.stride_h == 1) run_depthwise_tiles<size, 1, X, Y>(plan, call);
-    else run_depthwise_tiles<size, 2, X, Y>(plan, call);
+    if (s.stride_h == 1) run_channel_tiles<ReadsOwnChannel, size, 1, X, Y>(s, plan.weights.data(), call);
+    else run_channel_tiles<ReadsOwnChannel, size, 2, X, Y>(s, plan.weights.data(), call);
   };
   if (s.stride_h > 2) return false;
   if (s.S == 3) run(std::integral_constant<int, 3>{});

@@ -16,6 +16,7 @@
 #include "cpu/channel_mask.h"
 #include "cpu/curves.h"
 #include "cpu/depthwise.h"
+#include "cpu/grouped.h"
 #include "cpu/elementwise.h"
 #include "cpu/multiply_rate.h"
 #include "cpu/phases.h"
@@ -58,12 +59,18 @@ namespace {
 #include "cpu/pooling.inl"
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"
+#include "cpu/channel_tiles.inl"
 #include "cpu/depthwise.inl"
+#include "cpu/grouped.inl"
 }  // namespace
 
 void run_block_avx2(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
 void run_block_grad_avx2(const BlockGradPlan& plan, const WeightGradCall& call) {
   run_block_grad<VectorProducts<float>>(plan, call);
+}
+
+void run_grouped_avx2(const GroupedPlan& plan, const ConvCall& call) {
+  with_types(call, [&](auto x, auto y) { run_grouped<ReadsGroup, decltype(x), decltype(y)>(plan, call); });
 }
 
 void run_depthwise_avx2(const DepthwisePlan& plan, const ConvCall& call) {

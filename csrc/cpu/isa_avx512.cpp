@@ -14,6 +14,7 @@
 #include "cpu/batch_norm_act.h"
 #include "cpu/channel_mask.h"
 #include "cpu/depthwise.h"
+#include "cpu/grouped.h"
 #include "cpu/multiply_rate.h"
 #include "cpu/phases.h"
 #include "cpu/prompt_conv2d.h"
@@ -51,12 +52,18 @@ namespace {
 #include "cpu/channel_mask.inl"
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"
+#include "cpu/channel_tiles.inl"
 #include "cpu/depthwise.inl"
+#include "cpu/grouped.inl"
 }  // namespace
 
 void run_block_avx512(const BlockPlan& plan, const ConvCall& call) { run_block<float>(plan, call); }
 void run_block_grad_avx512(const BlockGradPlan& plan, const WeightGradCall& call) {
   run_block_grad<VectorProducts<float>>(plan, call);
+}
+
+void run_grouped_avx512(const GroupedPlan& plan, const ConvCall& call) {
+  with_types(call, [&](auto x, auto y) { run_grouped<ReadsGroup, decltype(x), decltype(y)>(plan, call); });
 }
 
 void run_depthwise_avx512(const DepthwisePlan& plan, const ConvCall& call) {

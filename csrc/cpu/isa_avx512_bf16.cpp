@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/depthwise.h"
+#include "cpu/grouped.h"
 #include "cpu/multiply_rate.h"
 #include "cpu/phases.h"
 #include "cpu/prompt_conv2d.h"
@@ -34,12 +35,18 @@ namespace {
 #include "cpu/prompt_conv2d.inl"
 #include "cpu/prompt_conv2d_gradients.inl"
 #include "cpu/lanes.inl"
+#include "cpu/channel_tiles.inl"
 #include "cpu/depthwise.inl"
+#include "cpu/grouped.inl"
 }  // namespace
 
 void run_block_avx512_bf16(const BlockPlan& plan, const ConvCall& call) { run_block<Bf16>(plan, call); }
 void run_block_grad_avx512_bf16(const BlockGradPlan& plan, const WeightGradCall& call) {
   run_block_grad<VectorProducts<Bf16>>(plan, call);
+}
+
+void run_grouped_avx512_bf16(const GroupedPlan& plan, const ConvCall& call) {
+  with_types(call, [&](auto, auto y) { run_grouped<ReadsGroupOfPairs, Bf16, decltype(y)>(plan, call); });
 }
 
 void run_depthwise_avx512_bf16(const DepthwisePlan& plan, const ConvCall& call) {

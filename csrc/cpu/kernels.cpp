@@ -11,6 +11,7 @@ const std::vector<SparseConvKernel>& sparse_conv2d_kernels() {
   static const std::vector<SparseConvKernel> table = [] {
     std::vector<SparseConvKernel> rows;
     add_depthwise_kernels(rows);
+    add_grouped_kernels(rows);
     add_amx_kernels(rows);
     add_block_kernels(rows);
     add_unstructured_kernels(rows);

@@ -35,6 +35,7 @@ inline float weight_at(const SparseWeights& weights, int64_t i) {
 }
 
 void add_depthwise_kernels(std::vector<SparseConvKernel>& table);
+void add_grouped_kernels(std::vector<SparseConvKernel>& table);
 void add_amx_kernels(std::vector<SparseConvKernel>& table);
 void add_block_kernels(std::vector<SparseConvKernel>& table);
 void add_unstructured_kernels(std::vector<SparseConvKernel>& table);
