@@ -237,7 +237,8 @@ def class_name(isa: str, core: str) -> str:
 def nearest_class(isa: str, classes: Sequence[str], core: str = "") -> str:
     """The measured class itself, or the nearest weaker one, or else the weakest; these cores' first."""
     mine = class_name(isa, core)
-    order = sorted(classes, key=lambda name: (_strength(name), name == mine))
+    # Of others the table's first, whose cores the rates above are of.
+    order = sorted(reversed(classes), key=lambda name: (_strength(name), name == mine))
     weaker = [name for name in order if _strength(name) <= _strength(isa)]
     return weaker[-1] if weaker else order[0]
 

@@ -197,6 +197,7 @@ def test_cores_of_their_own_costs_use_them_and_any_others_say_that_theirs_were_n
 def test_the_nearest_class_is_a_weaker_one_where_there_is_any() -> None:
     assert nearest_class("avx512", ["avx512 amd26", "avx512 amd25"], "amd26") == "avx512 amd26"
     assert nearest_class("amx", ["avx512 amd26", "avx2 intel6.143"], "intel6.143") == "avx512 amd26"
+    assert nearest_class("amx", ["avx512 amd25", "avx512 amd26"], "intel6.143") == "avx512 amd25"
     assert nearest_class("amx", ["avx2", "avx512"]) == "avx512"
     assert nearest_class("avx512", ["avx2", "amx"]) == "avx2"
     assert nearest_class("scalar", ["avx512", "amx"]) == "avx512"
