@@ -21,8 +21,8 @@ CAUSES = {
         "MobileNetV2's first convolution, depthwise layers and one of 16 channels run dense"
     ),
     "largest error": (
-        "bfloat16 through deep networks of random weights: torch's own is off by 0.11 to 0.13 on the first two "
-        "of MobileNetV2 and of ResNeXt-50"
+        "bfloat16 through deep networks of random weights: torch's own is off by 0.11 to 0.13 on the first "
+        "two of MobileNetV2 and of ResNeXt-50"
     ),
     "unstructured at density": (
         "products of single weights run at two thirds of the cores' rate (each a broadcast, an offset "
