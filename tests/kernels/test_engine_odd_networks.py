@@ -108,7 +108,9 @@ def test_what_no_engine_can_return_is_refused_in_words(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel], ids=str)
+@pytest.mark.parametrize(
+    "wrap", [partial(torch.compile, backend="eager"), nn.DataParallel], ids=["compile", "parallel"]
+)
 def test_what_wraps_a_network_is_taken_off(wrap: Callable[[nn.Module], nn.Module]) -> None:
     network, x = nn.Sequential(nn.Conv2d(3, 8, 3)).eval(), torch.randn(2, 3, 8, 8)
     assert torch.equal(compile(wrap(network).eval(), x, "float32")(x), compile(network, x, "float32")(x))
