@@ -40,6 +40,7 @@ KERNEL_ROOMS = [
     ("vpns_kernels.schemas", "vpns_kernels.formats", "vpns_kernels.native"),
     ("vpns_kernels.patterns",),
     (
+        "vpns_kernels.copying",
         "vpns_kernels.geometry",
         "vpns_kernels.memory",
         "vpns_kernels.torchvision_import",
@@ -50,8 +51,8 @@ TRAINER_ROOMS = [
     ("vpns.cli", "vpns.__main__", "vpns.option_help", "vpns.data_command"),
     ("vpns.reproduce",),
     ("vpns.sweep",),
-    ("vpns.run",),
     ("vpns.dry_run",),
+    ("vpns.run",),
     (
         "vpns.estimate",
         "vpns.stages",

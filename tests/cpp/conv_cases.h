@@ -27,6 +27,7 @@ struct Case {
   Spread spread = Spread::kUniform;
   double density = 0.1;
   DType x = DType::kF32, w = DType::kF32, y = DType::kF32;
+  bool is_narrow = false;  // groups of few channels
   bool bias = false, residual = false;
   Act act = Act::kNone;
   double poison = 0;   // NaN or infinity in some inputs; 0: none
@@ -54,12 +55,23 @@ inline void draw_sizes(Case& c, bool large) {
   const int64_t filters = pick({1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 70});
   s.K = s.groups * (s.groups > 1 ? c.bk * pick({1, 2}) : filters);
   if (c.format == Format::kUnstructured && one_in(4)) s.groups = s.K = s.C = channels;  // depthwise
+  c.is_narrow = c.format == Format::kBlock && one_in(3);
+  if (c.is_narrow) {
+    c.bk = c.bc = pick({4, 8});
+    s.C = s.K = 16 * pick({1, 2, 3});
+    s.groups = s.C / c.bk;
+  }
   s.R = pick({1, 1, 2, 3, 3, 5, 7});
   s.S = one_in(2) ? s.R : pick({1, 1, 2, 3, 3, 5, 7});
   s.stride_h = pick({1, 1, 2, 3});
   s.stride_w = one_in(2) ? s.stride_h : pick({1, 1, 2, 3});
   s.dilation_h = pick({1, 1, 1, 2, 3});
   s.dilation_w = pick({1, 1, 1, 2, 3});
+  if (c.is_narrow) {
+    s.R = s.S = 3;
+    s.stride_h = s.stride_w = pick({1, 2});
+    s.dilation_h = s.dilation_w = 1;
+  }
   s.pad_h = pick({0, 0, 1, 2, 3, 9});
   s.pad_w = pick({0, 0, 1, 2, 3, 9});
   const int64_t reach_h = s.dilation_h * (s.R - 1) + 1, reach_w = s.dilation_w * (s.S - 1) + 1;
@@ -82,6 +94,10 @@ inline Case draw_case() {
                    : pick({Spread::kNone, Spread::kOne, Spread::kUniform, Spread::kUniform, Spread::kUniform,
                            Spread::kHalfTheRows, Spread::kFirstRow});
   c.density = std::min(pick({0.02, 0.1, 0.3, 1.0}), kMostWork / std::max(dense_work(c.s), 1.0));
+  if (c.is_narrow) {  // with all its weights, as the kernels of such groups want them
+    c.spread = Spread::kUniform;
+    c.density = 1.0;
+  }
   c.x = pick({DType::kF32, DType::kF32, DType::kBF16, DType::kBF16, DType::kF16, DType::kF64});
   const DType three[] = {DType::kF32, DType::kBF16, DType::kF16};
   c.w = c.x == DType::kF64 ? DType::kF64 : one_in(2) ? c.x : three[pick({0, 1, 2})];

@@ -136,6 +136,9 @@ def test_the_edges_reach_every_kernel() -> None:
             EdgeLayer(channels=32, filters=32, groups=groups, pattern=pattern, dtype=dtype)
         )
     }
+    for dtype in DTYPES:
+        groups = EdgeLayer(channels=32, filters=32, groups=8, pattern="block:4x4", dtype=dtype, kept="all")
+        reached |= set(outputs_of_all_kernels(groups))
     assert reached == set(KERNELS)
 
 

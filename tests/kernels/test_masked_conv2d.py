@@ -171,12 +171,19 @@ def inputs_of(args: dict[str, Any], grad: Tensor) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("kernel", FORWARD_KERNELS)
 def test_every_kernel_takes_what_is_packed_for_either_direction(kernel: str) -> None:
-    is_depthwise = kernel.startswith("depthwise")
-    spec = "unstructured" if kernel.startswith(("unstructured", "depthwise")) else "block:16x16"
+    family = kernel.partition("_")[0]
+    spec = {"unstructured": "unstructured", "depthwise": "unstructured", "grouped": "block:4x4"}.get(
+        family, "block:16x16"
+    )
+    # Kernels of narrow groups want all weights.
+    density = 1.0 if family == "grouped" else 0.3
+    shapes = {"depthwise": ("depthwise",), "grouped": ("groups_of_4",)}.get(
+        family, ("3x3_stride_2", "primes")
+    )
     takes_halves = any(word in kernel for word in ("bf16", "fp16", "amx"))
     for dtype in (torch.bfloat16,) if takes_halves else (torch.float32, torch.bfloat16):
-        for shape in ("depthwise",) if is_depthwise else ("3x3_stride_2", "primes"):
-            args = build_args(shape, spec, 0.3, "channels_last", dtype, False)
+        for shape in shapes:
+            args = build_args(shape, spec, density, "channels_last", dtype, False)
             y = masked_conv2d(**args, backend="reference")
             grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
             g = args["geometry"]

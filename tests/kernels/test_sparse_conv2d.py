@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,11 @@ def takes(kernel: str, values: torch.Tensor, x: torch.Tensor, geometry: ConvGeom
     if kernel.startswith("depthwise"):
         is_depthwise = geometry.groups == geometry.in_channels == geometry.out_channels
         return is_depthwise and values.dim() == 1 and x.dtype != torch.float64
+    if kernel.startswith("grouped"):
+        is_narrow = geometry.groups > 1 and geometry.in_channels // geometry.groups in (4, 8)
+        is_whole = values.numel() == math.prod(geometry.weight_shape)
+        is_taken = x.dtype == torch.bfloat16 if "bf16" in kernel else x.dtype != torch.float64
+        return values.dim() == 3 and is_narrow and is_whole and is_taken
     family = {1: "unstructured", 3: "block", 4: "channel"}[values.dim()]
     if not kernel.startswith(f"{family}_") or x.dtype == torch.float64:
         return False

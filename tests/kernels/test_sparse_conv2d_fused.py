@@ -25,10 +25,10 @@ OUT = (17, 32, 9, 10)
 
 
 def layer(spec: str, density: float = 0.2, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    is_depthwise = spec == "depthwise"
-    C, groups = (32, 32) if is_depthwise else (48, 1)
+    C, groups = {"depthwise": (32, 32), "grouped": (32, 8)}.get(spec, (48, 1))
+    density = 1.0 if spec == "grouped" else density
     geometry = ConvGeometry(C, 32, (3, 3), padding=(1, 1), groups=groups)
-    pattern = parse_pattern("unstructured" if is_depthwise else spec)
+    pattern = parse_pattern({"depthwise": "unstructured", "grouped": "block:4x4"}.get(spec, spec))
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(geometry.weight_shape, generator=generator).to(dtype)
     if spec == "channel":
@@ -190,7 +190,8 @@ def test_nan_in_a_residual_passes_every_activation_and_reaches_its_own_output_al
     kernel: str, act: str
 ) -> None:
     family = kernel.partition("_")[0]
-    spec = {"channel": "channel", "depthwise": "depthwise", "block": "block:16x16"}.get(family, SPECS[0])
+    specs = {"channel": "channel", "depthwise": "depthwise", "grouped": "grouped", "block": "block:16x16"}
+    spec = specs.get(family, SPECS[0])
     taken = 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         args = layer(spec, dtype=dtype)

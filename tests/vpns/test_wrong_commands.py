@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from types import ModuleType
 
@@ -165,7 +163,11 @@ def test_data_that_are_there_are_not_downloaded(monkeypatch: pytest.MonkeyPatch)
 
 def test_ctrl_c_ends_a_command_that_is_no_run(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     make_photos(Path("photos"), "cat", "dog")
-    monkeypatch.setattr(vpns.data.check, "check_data", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vpns.data.check, "check_data", stop)
     assert main(["data", "check", "photos"]) == EXIT_INTERRUPTED
     assert capsys.readouterr().err == "vpns: interrupted\n"
 

@@ -33,6 +33,8 @@ GEOMETRIES: dict[str, tuple[ConvGeometry, tuple[int, int, int]]] = {
     "batch_1": (ConvGeometry(32, 32, (3, 3), padding=(1, 1)), (1, 56, 5)),
     "depthwise": (ConvGeometry(24, 24, (3, 3), padding=(1, 1), groups=24), (3, 9, 9)),
     "depthwise_strided": (ConvGeometry(37, 37, (3, 5), (2, 3), (1, 4), (2, 1), groups=37), (2, 11, 23)),
+    "groups_of_4": (ConvGeometry(32, 32, (3, 3), padding=(1, 1), groups=8), (3, 9, 9)),
+    "groups_of_8": (ConvGeometry(48, 48, (3, 3), (2, 2), (1, 1), groups=6), (2, 11, 10)),
     "even_filter": (ConvGeometry(16, 16, (2, 4), padding=(1, 2)), (2, 8, 8)),
 }
 # A density: the one unit that a random draw ranks first.
@@ -101,6 +103,11 @@ _ROWS: list[tuple[str, str, float, str, torch.dtype, bool]] = [
 _ROWS += [
     ("depthwise", "unstructured", density, memory, dtype, True)
     for density in (ONE_UNIT, 0.7, 1.0)
+    for memory, dtype in (("sliced", torch.float32), ("channels_last", torch.bfloat16))
+]
+_ROWS += [
+    (shape, spec, 1.0, memory, dtype, True)
+    for shape, spec in (("groups_of_4", "block:4x4"), ("groups_of_8", "block:8x8"))
     for memory, dtype in (("sliced", torch.float32), ("channels_last", torch.bfloat16))
 ]
 for _spec in PATTERNS:

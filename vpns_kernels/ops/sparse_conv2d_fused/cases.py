@@ -60,6 +60,12 @@ class _Row:
 
 _ROWS = [_Row(shape, spec) for shape in GEOMETRIES for spec in _PATTERNS if fits(shape, spec)]
 _ROWS += [_Row("depthwise", "unstructured", 0.7, dtype=x, out_dtype=y) for x in _HALVES for y in _HALVES]
+_ROWS += [
+    _Row(shape, spec, 1.0, dtype=x, out_dtype=y)
+    for shape, spec in (("groups_of_4", "block:4x4"), ("groups_of_8", "block:8x8"))
+    for x in _HALVES
+    for y in _HALVES
+]
 for _spec in _PATTERNS:
     _ROWS += [_Row("3x3", _spec, density, act="relu6") for density in (0.0, ONE_UNIT, 1.0)]
     _ROWS += [_Row("3x3_stride_2", _spec, memory=m, residual="contiguous") for m in ("contiguous", "sliced")]
