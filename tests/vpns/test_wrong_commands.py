@@ -129,11 +129,14 @@ def test_a_cluster_without_ray_is_refused(capsys: Capture) -> None:
     expect_error(capsys, command, "expected --on ray beside --ray-address")
 
 
-@pytest.mark.parametrize("choice", ["model: [tiny_task:build, resnt18]", "data: [digits, digts]"])
-def test_a_mistyped_name_stops_a_sweep_before_its_first_run(choice: str, capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    ("choice", "wrong"),
+    [("model: [tiny_task:build, resnt18]", "resnt18"), ("data: [digits, digts]", "digts")],
+)
+def test_a_mistyped_name_stops_a_sweep_before_its_first_run(choice: str, wrong: str, capsys: Capture) -> None:
     settings = "{model: {source_classes: 12}, pretrain: {epochs: 0}, prompt: {canvas: 16, frame: 2}}"
     Path("grid.yaml").write_text(f"settings: {settings}\ngrid: {{{choice}}}\n")
-    expect_error(capsys, ["sweep", "grid.yaml", "--threads=1", "--workers=1"], "t")
+    expect_error(capsys, ["sweep", "grid.yaml", "--threads=1", "--workers=1"], f"got '{wrong}'")
     assert not Path("runs").exists()
 
 
