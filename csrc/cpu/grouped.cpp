@@ -53,10 +53,12 @@ template <bool kPairs>
 std::string why_not(const ConvShape& s, const SparseWeights& w, DType x_dtype) {
   const int64_t width = s.C / s.groups;
   if (w.format != Format::kBlock || s.groups == 1) return "it takes groups as blocks";
-  if (s.K != s.C || (width != 4 && width != 8) || s.C % 16 != 0) return "it takes groups of 4 or 8 channels that make as many";
+  if (s.K != s.C || (width != 4 && width != 8) || s.C % 16 != 0)
+    return "it takes groups of 4 or 8 channels that make as many";
   if (s.R != 3 || s.S != 3 || s.stride_h != s.stride_w || s.stride_h > 2 || s.dilation_h != 1 || s.dilation_w != 1)
     return "it takes 3x3 filters of stride 1 or 2";
-  if (width % w.bc != 0 || w.count * w.bk * w.bc != s.K * width * s.R * s.S) return "it takes weights of which none is pruned";
+  if (width % w.bc != 0 || w.count * w.bk * w.bc != s.K * width * s.R * s.S)
+    return "it takes weights of which none is pruned";
   if (w.dtype == DType::kF64 || x_dtype == DType::kF64) return "it computes in float32";
   if (kPairs && (w.dtype != DType::kBF16 || x_dtype != DType::kBF16)) return "it takes bf16 inputs and weights";
   return {};

@@ -10,31 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from tests.kernels.networks import FOLLOWED, build, images
 from vpns_kernels import parse_pattern
-from vpns_kernels.convert import densify, freeze, mask_layers, mask_modules, sparsify
+from vpns_kernels.convert import freeze, mask_layers, mask_modules
 from vpns_kernels.shrink import shrink
 from vpns_kernels.torchvision_import import import_torchvision
 
 BOUND = 1e-12
-
-
-class Reads(nn.Module):
-    """A convolution of eight channels, of which four are pruned, and a linear layer behind `read`."""
-
-    def __init__(self, read: Callable[[Tensor], Tensor], inputs: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.read, self.conv, self.fc = read, nn.Conv2d(3, 8, 3), nn.Linear(inputs, 4)
-        with torch.no_grad():
-            self.conv.weight[4:] = 0
-            self.conv.bias[4:] = 0  # type: ignore[index]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc(self.read(F.relu(self.conv(x))))
-        return y
 
 
 def published(name: str) -> nn.Module:
@@ -380,37 +363,3 @@ def test_networks_of_any_form_compute_the_same_when_they_are_smaller(seed: int) 
     assert size(small) <= size(network) + sum(
         m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)
     )
-
-
-READS: dict[str, tuple[Callable[[Tensor], Tensor], int, int]] = {
-    "view, size": (lambda y: y.view(y.size(0), -1), 8 * 36, 4),
-    "reshape, shape": (lambda y: y.reshape(y.shape[0], -1), 8 * 36, 4),
-    "flatten": (lambda y: torch.flatten(y, 1), 8 * 36, 4),
-    "mean": (lambda y: y.mean((2, 3)), 8, 4),
-    # These read pixels, or channels and pixels mixed: nothing can be cut.
-    "rows of pixels": (lambda y: y[..., :4].repeat(1, 1, 1, 2), 8, 8),
-    "as they are": (lambda y: y, 6, 8),
-    "flattened in part": (lambda y: y.flatten(1, 2), 6, 8),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", READS)
-def test_channels_are_cut_where_a_linear_layer_reads_them_and_nowhere_else(name: str) -> None:
-    read, inputs, left = READS[name]
-    network, x = Reads(read, inputs).double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    small = shrink(network, x)
-    assert small.get_submodule("conv").out_channels == left
-    assert largest_error(small(x), network(x)) < BOUND
-
-
-@torch.no_grad()
-def test_masks_of_torchs_own_pruning_are_applied() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
-    with torch.enable_grad():
-        prune.ln_structured(network[0], "weight", 0.5, 1, 0)
-    network[0].bias.zero_()  # type: ignore[union-attr, operator]
-    x = torch.randn(2, 3, 8, 8)
-    small = shrink(network, x)
-    assert small.get_submodule("0").out_channels == 4
-    torch.testing.assert_close(densify(sparsify(network))(x), network(x))
