@@ -63,7 +63,7 @@ void add_products(const FrameGradient& step, const Cell* grad, const std::vector
       for (int64_t q = begin; q < end; q += kBlockPixels) {
         const int64_t pixels = std::min<int64_t>(kBlockPixels, end - q);
         for (int64_t m = 0; m < pixels; ++m) pixel[m] = (q + m) * pitch;
-        kMultiplyRuns<Cell, float>[pixels - 1]({grad, pixel, taps.data(), static_cast<int64_t>(taps.size()), weights,
+        kMultiplyRuns<Cell, float, 2>[pixels - 1]({grad, pixel, taps.data(), static_cast<int64_t>(taps.size()), weights,
                                                 sums + (q - begin) * kFloats, false, {}});
       }
       float* const to = row + run * s.dilation_w * 3 + first;

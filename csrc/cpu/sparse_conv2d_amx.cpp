@@ -72,7 +72,7 @@ AmxPlan plan_channels(const ConvShape& s, const SparseWeights& weights, bool ima
   plan.inputs = s.C;
   plan.outputs = s.K;
   plan.gather = kept_inputs(s, weights);
-  plan.spans = kept_outputs(s, weights, bk, plan.keeps);
+  plan.spans = kept_outputs(s, weights, std::vector<int64_t>(rows, bk), plan.keeps);
   return plan;
 }
 

@@ -5,10 +5,10 @@
 // unit is a 32-bit word: one channel in float32, a pair of channels in bf16. Kept weights that read neighbouring words
 // are one run. A 1×1 layer without padding reads the input where it is.
 //
-// Outputs are made by strips of up to two vectors of output channels. Where both keep the same inputs, the sums of a
-// few output pixels stay in registers while all kept weights of those channels stream past. For one vector that would
-// leave too little work between two runs: there up to a vector of words of weights stays in registers while many
-// output pixels stream past, and the two vectors of a strip have only their stores in common.
+// Outputs are made by strips of up to three vectors of output channels. Where all keep the same inputs, the sums of a
+// few output pixels stay in registers while all kept weights of those channels stream past. For one vector of blocks
+// that would leave too little work between two runs: there up to a vector of words of weights stays in registers while
+// many output pixels stream past, and the two vectors of a strip have only their stores in common.
 //
 // One running float32 sum over a thousand weights would be far less exact than torch's dense kernel: groups of runs
 // have sums of their own, which are added up in memory.
@@ -52,13 +52,15 @@ struct BlockGroup {
   int64_t runs = 0;
   int64_t words = 0;
   int64_t weights;     // index of its first word of weights
-  int64_t vector = 0;  // where its sums belong: of a strip that is not wide, 0 or 1
+  int64_t vector = 0;  // where its sums belong: of a strip whose weights stay in registers, 0 or 1
 };
 
-// The outputs that are stored together: at most two vectors.
+// The outputs that are stored together.
 struct BlockStrip : OutputSpan {
-  bool wide;  // a group has sums in both vectors, else in one
+  int64_t vectors;  // of sums that stay in registers, 1 to 3; 0 where weights do instead
   int64_t first_group = 0, groups = 0;
+
+  int64_t word_vectors() const { return vectors == 0 ? 1 : vectors; }  // of a word of weights
 };
 
 struct BlockPlan {
@@ -114,7 +116,7 @@ void run_block_avx512_bf16(const BlockPlan&, const ConvCall&);
 void run_block_avx512_emulated(const BlockPlan&, const ConvCall&);
 void run_block_avx512_bf16_emulated(const BlockPlan&, const ConvCall&);
 
-// Output pixels whose sums fit the registers beside two vectors of weights.
+// Output pixels whose sums fit the registers beside two vectors of weights; multiples of 3, as strips have up to three.
 constexpr int kBlockPixelsAvx2 = 6;
 constexpr int kBlockPixelsAvx512 = 12;
 

@@ -2,7 +2,9 @@
 // sparse_conv2d_block_rows.inl. Needs VPNS_LANES and VPNS_BLOCK_PIXELS.
 
 constexpr int kBlockPixels = VPNS_BLOCK_PIXELS;
-// In strips of one vector: pixels whose sums are in registers at a time, and pixels for which weights stay there.
+// Pixels whose sums are in registers at a time, by their vectors.
+constexpr int kStripPixels[] = {0, 2 * kBlockPixels, kBlockPixels, 2 * kBlockPixels / 3};
+// Where weights stay in registers: pixels whose sums are in registers at a time, and pixels for which weights stay there.
 constexpr int64_t kBlockAbreast = 4, kBlockStream = 64;
 
 // sum + x · w for one word of the input and a word of weights in each lane.
@@ -27,57 +29,56 @@ struct BlockTile {
   const BlockRun* runs;
   int64_t run_count;
   const uint32_t* weights;
-  float* sums;  // [pixels][2 * kLanes]
+  float* sums;  // [pixels][lanes of the strip]
   bool adds;    // to the sums of the groups before
   BlockOutputs outputs;
 };
 
-// sums[m][k] = (or +=) Σ_words x[m][word] · w[word][k] for kPixels pixels and two vectors of output channels; finished,
-// where they are the last and all outputs are there.
-template <typename Cell, typename Y, int kPixels>
+// sums[m][k] = (or +=) Σ_words x[m][word] · w[word][k] for kPixels pixels and kVectors vectors of output channels;
+// finished, where they are the last and all outputs are there.
+template <typename Cell, typename Y, int kVectors, int kPixels>
 void multiply_runs(const BlockTile& tile) {
-  constexpr int kVectors = 2;
   constexpr int64_t kCells = 4 / sizeof(Cell);
   Vec sum[kPixels][kVectors] = {};
   const float* weights = reinterpret_cast<const float*>(tile.weights);
   for (int64_t run = 0; run < tile.run_count; ++run) {
     const Cell* x[kPixels];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int m = 0; m < kPixels; ++m)
       x[m] = static_cast<const Cell*>(tile.x) + tile.pixel[m] + tile.runs[run].offset;
     const int64_t cells = tile.runs[run].words * kCells, last = cells - kCells - tile.runs[run].shared;
     for (int64_t next = 0; next < cells; next += kCells, weights += kVectors * kLanes) {
       const int64_t c = std::min(next, last);
       Vec w[kVectors];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
       for (int v = 0; v < kVectors; ++v) w[v] = load(weights + v * kLanes);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
       for (int m = 0; m < kPixels; ++m) {
         uint32_t word;
         std::memcpy(&word, x[m] + c, sizeof word);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
         for (int v = 0; v < kVectors; ++v) sum[m][v] = multiply_add(Cell{}, word, w[v], sum[m][v]);
       }
     }
   }
   if (tile.adds) {
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int m = 0; m < kPixels; ++m)
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[m][v] += load(tile.sums + m * 2 * kLanes + v * kLanes);
+#pragma GCC unroll 24
+      for (int v = 0; v < kVectors; ++v) sum[m][v] += load(tile.sums + (m * kVectors + v) * kLanes);
   }
   const BlockOutputs& to = tile.outputs;
   if (to.target != nullptr) {
     const Output<Y> out(*to.call);
     const float* bias = to.call->bias ? static_cast<const float*>(to.call->bias) + to.k0 : nullptr;
-#pragma GCC unroll 16
-    for (int m = 0; m < kPixels; ++m) finish_vectors(out, to.target[m] + to.k0, sum[m][0], sum[m][1], bias, to.streams);
+#pragma GCC unroll 24
+    for (int m = 0; m < kPixels; ++m) finish_vectors(out, to.target[m] + to.k0, sum[m], bias, to.streams);
     return;
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int m = 0; m < kPixels; ++m)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) store(tile.sums + m * 2 * kLanes + v * kLanes, sum[m][v]);
+#pragma GCC unroll 24
+    for (int v = 0; v < kVectors; ++v) store(tile.sums + (m * kVectors + v) * kLanes, sum[m][v]);
 }
 
 // sums[m][k] += Σ_words x[m][word] · w[word][k] for kWords neighbouring words, kPixels pixels from `pixel` on, and one
@@ -118,17 +119,17 @@ void multiply_words(const BlockTile& tile, int64_t pixels, int64_t offset, const
   for (; pixel < pixels; pixel += kBlockAbreast) multiply_pixels<Cell, kWords, kBlockAbreast>(tile, pixel, base, w);
 }
 
-using MultiplyRuns = std::array<void (*)(const BlockTile&), kBlockPixels>;  // by pixels less one
-template <typename Cell, typename Y, int... kPixels>
-constexpr MultiplyRuns runs_table(std::integer_sequence<int, kPixels...>) {
-  return {multiply_runs<Cell, Y, kPixels + 1>...};
+using MultiplyRuns = void (*)(const BlockTile&);
+template <typename Cell, typename Y, int kVectors, int... kPixels>
+constexpr std::array<MultiplyRuns, sizeof...(kPixels)> runs_table(std::integer_sequence<int, kPixels...>) {
+  return {multiply_runs<Cell, Y, kVectors, kPixels + 1>...};
 }
 template <typename Cell, int... kWords>
 constexpr auto words_table(std::integer_sequence<int, kWords...>) {
   return std::array{multiply_words<Cell, kWords + 1>...};
 }
-template <typename Cell, typename Y>
-constexpr MultiplyRuns kMultiplyRuns = runs_table<Cell, Y>(std::make_integer_sequence<int, kBlockPixels>{});
+template <typename Cell, typename Y, int kVectors>  // by pixels less one
+constexpr auto kMultiplyRuns = runs_table<Cell, Y, kVectors>(std::make_integer_sequence<int, kStripPixels[kVectors]>{});
 template <typename Cell>
 constexpr auto kMultiplyWords = words_table<Cell>(std::make_integer_sequence<int, kLanes>{});
 
@@ -170,15 +171,19 @@ LoadRows pick_load(const ConvCall& call) {
 
 // What depends on the type of the outputs.
 struct ForOutputs {
-  const MultiplyRuns& multiply;
+  std::array<const MultiplyRuns*, 4> multiply;  // by vectors
   StoreSums store;
 };
 
+template <typename Cell, typename Y>
+constexpr ForOutputs kForOutputs{
+    {nullptr, kMultiplyRuns<Cell, Y, 1>.data(), kMultiplyRuns<Cell, Y, 2>.data(), kMultiplyRuns<Cell, Y, 3>.data()},
+    store_sums<Y>};
+
 template <typename Cell>
-ForOutputs pick_outputs(const ConvCall& call) {
-  if (call.y_dtype == DType::kBF16) return {kMultiplyRuns<Cell, Bf16>, store_sums<Bf16>};
-  if (call.y_dtype == DType::kF16) return {kMultiplyRuns<Cell, Fp16>, store_sums<Fp16>};
-  return {kMultiplyRuns<Cell, float>, store_sums<float>};
+const ForOutputs& pick_outputs(const ConvCall& call) {
+  if (call.y_dtype == DType::kBF16) return kForOutputs<Cell, Bf16>;
+  return call.y_dtype == DType::kF16 ? kForOutputs<Cell, Fp16> : kForOutputs<Cell, float>;
 }
 
 // The output pixels of a piece: where each reads and writes.
@@ -192,15 +197,16 @@ struct BlockPixels {
 template <typename Cell>
 void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& strip, const void* x,
                const BlockPixels& pixels, const ForOutputs& outputs, PhaseClock& clock) {
-  constexpr int64_t kMost = std::max<int64_t>(kBlockPixels, kBlockStream);
-  alignas(64) float sums[kMost * 2 * kLanes];
+  alignas(64) float sums[std::max<int64_t>(kBlockPixels, kBlockStream) * 2 * kLanes];
   const BlockGroup* const groups = plan.groups.data() + strip.first_group;
   // Equal shares of pixels, so that no share has too few sums to hide the latency of the additions.
-  const int64_t most = strip.wide ? kBlockPixels : kBlockStream, shares = (pixels.count + most - 1) / most;
-  const bool is_whole = strip.wide && strip.span == 2 * kLanes && strip.count == strip.span;
+  const bool in_registers = strip.vectors > 0;
+  const int64_t most = in_registers ? kStripPixels[strip.vectors] : kBlockStream;
+  const int64_t shares = (pixels.count + most - 1) / most;
+  const bool is_whole = in_registers && strip.span == strip.vectors * kLanes && strip.count == strip.span;
   const bool streams = streams_outputs(plan, call);
   for (int64_t share = 0, begin = 0; share < shares; ++share) {
-    const int64_t end = strip.wide ? pixels.count * (share + 1) / shares : std::min(begin + most, pixels.count);
+    const int64_t end = in_registers ? pixels.count * (share + 1) / shares : std::min(begin + most, pixels.count);
     const int64_t size = end - begin, whole = (size + kBlockAbreast - 1) / kBlockAbreast * kBlockAbreast;
     for (int64_t i = 0; i < strip.groups; ++i) {
       const BlockGroup& group = groups[i];
@@ -212,7 +218,7 @@ void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& st
                            sums + group.vector * kLanes,
                            i > 0 && group.vector == groups[i - 1].vector,
                            {&call, is_whole && i + 1 == strip.groups ? pixels.target + begin : nullptr, strip.k0, streams}};
-      if (strip.wide) outputs.multiply[size - 1](tile);
+      if (in_registers) outputs.multiply[strip.vectors][size - 1](tile);
       else multiply_group<Cell>(tile, whole);
     }
     clock.ends(kProducts);
@@ -229,7 +235,7 @@ void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, co
   const ConvShape& s = plan.shape;
   const BlockTasks cut = cut_tasks(plan, call);
   if (cut.pieces() == 0) return;
-  const ForOutputs outputs = pick_outputs<Cell>(call);
+  const ForOutputs& outputs = pick_outputs<Cell>(call);
   const int64_t tile_n = ceil_div(call.batch(s), cut.groups), tile_p = ceil_div(call.row_count(s), cut.tiles_p);
   const int64_t pixel_cells = s.groups * plan.group_cells, image_cells = plan.h.extent(tile_p) * plan.cols * pixel_cells;
   const int64_t pixel_room = (tile_n * tile_p * plan.tile_q + kBlockAbreast + 15) / 16 * 16;

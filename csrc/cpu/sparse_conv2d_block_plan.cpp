@@ -30,7 +30,7 @@ float as_float(Fp16 value) { return fp16_to_float(value.bits); }
 // Words from which on starting the threads pays.
 constexpr int64_t kLeastShared = 64 * 1024;
 
-// What the stores of a strip cost, in words of weights.
+// What the stores of a strip cost, in words of weights for each of its vectors.
 constexpr int64_t kStripCost = 16;
 
 // Input channels that channel weights take at a time, so that the planes of a few pixels stay in the first-level cache.
@@ -61,11 +61,11 @@ class Planner {
   }
 
   // A strip of outputs of group g.
-  void add(const OutputSpan& outputs, int64_t g, const std::vector<Piece>& pieces, WeightStrides strides) {
-    BlockStrip strip{outputs, outputs.count > lanes_};
+  void add(const BlockStrip& outputs, int64_t g, const std::vector<Piece>& pieces, WeightStrides strides) {
+    BlockStrip strip = outputs;
     strip.first_group = static_cast<int64_t>(plan_.groups.size());
     begin_group();
-    fills_.push_back({static_cast<int64_t>(words_.size()), weights_size_, (strip.wide ? 2 : 1) * lanes_, strip.count,
+    fills_.push_back({static_cast<int64_t>(words_.size()), weights_size_, strip.word_vectors() * lanes_, strip.count,
                       strides.output});
     const int64_t pixel = plan_.shape.groups * plan_.group_cells;
     for (size_t i = 0; i < pieces.size();) {
@@ -91,7 +91,7 @@ class Planner {
       return;
     }
     plan_.cost.push_back((plan_.cost.empty() ? 0 : plan_.cost.back()) + last_cost_);
-    last_cost_ = kStripCost + words;
+    last_cost_ = strip.word_vectors() * (kStripCost + words);
     plan_.strips.push_back(strip);
   }
 
@@ -120,12 +120,12 @@ class Planner {
 
   // Whether a strip of one vector can be the second vector of the strip before it.
   bool goes_on(const BlockStrip& strip) const {
-    if (plan_.strips.empty() || strip.wide || strip.span != strip.count) return false;
+    if (plan_.strips.empty() || strip.vectors > 0 || strip.span != strip.count) return false;
     const BlockStrip& before = plan_.strips.back();
-    return !before.wide && before.count == lanes_ && before.span == lanes_ && before.k0 + lanes_ == strip.k0;
+    return before.vectors == 0 && before.count == lanes_ && before.span == lanes_ && before.k0 + lanes_ == strip.k0;
   }
 
-  static int64_t most_words(const BlockStrip& strip) { return strip.wide ? kWideGroupWords : kGroupWords; }
+  static int64_t most_words(const BlockStrip& strip) { return strip.vectors > 0 ? kWideGroupWords : kGroupWords; }
 
   void begin_group() {
     plan_.groups.push_back(
@@ -170,7 +170,7 @@ class Planner {
     ++plan_.runs.back().words;
     ++plan_.groups.back().words;
     words_.push_back({low, high, low_share, high_share});
-    weights_size_ += (strip.wide ? 2 : 1) * lanes_;
+    weights_size_ += strip.word_vectors() * lanes_;
   }
 
   // A strip's words, in the order in which they were added.
@@ -240,10 +240,20 @@ BlockPlan plan_blocks(const ConvShape& s, const SparseWeights& weights, int64_t 
         pieces.push_back({tap / s.S, tap % s.S, c, std::min(bc, channels - c), (i * bk + k) * weights.bc});
       }
       const int64_t count = std::min({2 * lanes, bk - k, filters - in_group - k});
-      planner.add({g * filters + in_group + k, count, count, 0}, g, pieces, {weights.bc, 1});
+      const OutputSpan span{g * filters + in_group + k, count, count, 0};
+      planner.add({span, count > lanes ? 2 : 0}, g, pieces, {weights.bc, 1});
     }
   }
   return planner.finish();
+}
+
+// How many sums each strip of channel weights has: whole vectors, in as few strips as take up to three.
+std::vector<int64_t> strip_sums(int64_t outputs, int64_t lanes) {
+  const int64_t vectors = std::max<int64_t>(ceil_div(outputs, lanes), 1), strips = ceil_div(vectors, 3);
+  std::vector<int64_t> sums;
+  for (int64_t i = 0; i < strips; ++i)
+    sums.push_back((vectors * (i + 1) / strips - vectors * i / strips) * lanes);
+  return sums;
 }
 
 BlockPlan plan_channels(const ConvShape& s, const SparseWeights& weights, int64_t lanes, bool pairs) {
@@ -253,12 +263,13 @@ BlockPlan plan_channels(const ConvShape& s, const SparseWeights& weights, int64_
   BlockPlan& plan = planner.plan();
   plan.gather = kept_inputs(s, weights);
   int64_t first = 0;  // of the span's kept outputs
-  for (const OutputSpan& span : kept_outputs(s, weights, 2 * lanes, plan.keeps)) {
+  for (const OutputSpan& span : kept_outputs(s, weights, strip_sums(weights.count, lanes), plan.keeps)) {
     std::vector<Piece> pieces;
     for (int64_t c = 0; c < columns && span.count > 0; c += chunk)
       for (int64_t tap = 0; tap < taps; ++tap)
         pieces.push_back({tap / s.S, tap % s.S, c, std::min(chunk, columns - c), (first * columns + c) * taps + tap});
-    planner.add(span, 0, pieces, {columns * taps, taps});
+    const int64_t vectors = ceil_div(span.count, lanes);
+    planner.add({span, vectors > 1 ? vectors : 0}, 0, pieces, {columns * taps, taps});
     first += span.count;
   }
   return planner.finish();

@@ -60,21 +60,22 @@ inline bool streams_outputs(const BlockPlan& plan, const ConvCall& call) {
   return call.batch(s) * call.row_count(s) * s.Q * s.K * bytes >= kStreamedBytes;
 }
 
-// The sums [pixels][2 * kLanes] of a strip, each pixel's to the output pixel `target` says.
+// The sums [pixels][lanes of the strip] of a strip, each pixel's to the output pixel `target` says.
 template <typename Y>
 void store_sums(const BlockPlan& plan, const ConvCall& call, const BlockStrip& strip, const float* sums,
                 const int64_t* target, int64_t pixels) {
   const Output<Y> out(call);
   const bool streams = streams_outputs(plan, call);
   const float* bias = call.bias ? static_cast<const float*>(call.bias) + strip.k0 : nullptr;
-  for (int64_t m = 0; m < pixels; ++m, sums += 2 * kLanes) {
+  const int64_t lanes = (strip.vectors == 0 ? 2 : strip.vectors) * kLanes;
+  for (int64_t m = 0; m < pixels; ++m, sums += lanes) {
     const int64_t at = target[m] + strip.k0;
     if (strip.span == strip.count) finish_outputs(out, at, sums, bias, strip.count, streams);
     else scatter_outputs(out, at, sums, bias, strip.span, plan.keeps.data() + strip.first_mask);
   }
 }
 
-// Where the sums of a strip of two whole vectors go straight from the registers.
+// Where the sums of a strip of whole vectors go straight from the registers.
 struct BlockOutputs {
   const ConvCall* call;
   const int64_t* target;  // as of store_sums; null where the sums are not the last ones
@@ -82,34 +83,39 @@ struct BlockOutputs {
   bool streams;
 };
 
-template <typename Y>
-inline void finish_vectors(const Output<Y>& out, int64_t at, Vec low, Vec high, const float* bias, bool streams) {
+template <typename Y, int kVectors>
+inline void finish_vectors(const Output<Y>& out, int64_t at, const Vec (&sums)[kVectors], const float* bias,
+                           bool streams) {
 #if defined(__AVX512BW__)
-  constexpr __mmask16 kAll = 0xffff;
   constexpr bool kPairs =
 #if defined(__AVX512BF16__)
       std::is_same_v<Y, Bf16>;
 #else
       false;
 #endif
+  const auto vector = [&](int v) __attribute__((always_inline)) {
+    return finished(out, at + v * 16, 0xffff, (__m512)sums[v], bias == nullptr ? nullptr : bias + v * 16);
+  };
   if (kPairs || !streams) {
-    const __m512 first = finished(out, at, kAll, (__m512)low, bias);
-    const __m512 second = finished(out, at + 16, kAll, (__m512)high, bias == nullptr ? nullptr : bias + 16);
+    int v = 0;
 #if defined(__AVX512BF16__)
     if constexpr (kPairs) {
-      const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-      if (streams && is_line(out.y + at)) _mm512_stream_si512(reinterpret_cast<__m512i*>(out.y + at), pair);
-      else _mm512_storeu_si512(out.y + at, pair);
-      return;
+#pragma GCC unroll 2
+      for (; v + 1 < kVectors; v += 2) {
+        Y* const to = out.y + at + v * 16;
+        const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(vector(v + 1), vector(v));
+        if (streams && is_line(to)) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), pair);
+        else _mm512_storeu_si512(to, pair);
+      }
     }
 #endif
-    store_lanes(kAll, out.y + at, first);
-    store_lanes(kAll, out.y + at + 16, second);
+#pragma GCC unroll 4
+    for (; v < kVectors; ++v) store_lanes(0xffff, out.y + at + v * 16, vector(v));
     return;
   }
 #endif
-  alignas(64) float sums[2 * kLanes];
-  store(sums, low);
-  store(sums + kLanes, high);
-  finish_outputs(out, at, sums, bias, 2 * kLanes, streams);
+  alignas(64) float lanes[kVectors * kLanes];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) store(lanes + v * kLanes, sums[v]);
+  finish_outputs(out, at, lanes, bias, kVectors * kLanes, streams);
 }

@@ -28,12 +28,12 @@ inline std::vector<uint16_t> kept_inputs(const ConvShape& s, const SparseWeights
   return keeps;
 }
 
-// The outputs cut into spans of at most `most` sums; at least one span, as pruned outputs have a bias too.
-inline std::vector<OutputSpan> kept_outputs(const ConvShape& s, const SparseWeights& weights, int64_t most,
-                                            std::vector<uint16_t>& keeps) {
+// The outputs cut into spans of at most sums[i] sums each; at least one span, as pruned outputs have a bias too.
+inline std::vector<OutputSpan> kept_outputs(const ConvShape& s, const SparseWeights& weights,
+                                            const std::vector<int64_t>& sums, std::vector<uint16_t>& keeps) {
   std::vector<OutputSpan> spans;
   int64_t first = 0;
-  do {
+  for (int64_t most : sums) {
     const int64_t end = std::min(first + most, weights.count), k0 = first == 0 ? 0 : weights.indptr[first];
     const int64_t k1 = end < weights.count ? weights.indptr[end] : s.K;
     spans.push_back({k0, k1 - k0, end - first, static_cast<int64_t>(keeps.size())});
@@ -44,7 +44,7 @@ inline std::vector<OutputSpan> kept_outputs(const ConvShape& s, const SparseWeig
         bits[(weights.indptr[i] - k0) / 16] |= static_cast<uint16_t>(1u << (weights.indptr[i] - k0) % 16);
     }
     first = end;
-  } while (first < weights.count);
+  }
   return spans;
 }
 
