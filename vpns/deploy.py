@@ -25,7 +25,7 @@ from vpns_kernels.engine import PlanLayer, TraceError, read_artifact, save_engin
 from vpns_kernels.formats import holding_pattern
 from vpns_kernels.measure import bench_network, fingerprint, measurement_lock
 from vpns_kernels.measure.gpu import gpu_fingerprint
-from vpns_kernels.measure.on_gpu import bench_network_on_gpu, find_gpu
+from vpns_kernels.measure.on_gpu import find_gpu
 from vpns_kernels.patterns import Channel, Pattern
 from vpns_kernels.shrink import shrink
 
@@ -88,14 +88,12 @@ def bench_run(folder: Path, config: RunConfig) -> dict[str, Any]:
     device = torch.device("cpu") if is_on_cpu else find_gpu(config.device)
     context = open_finished(folder)
     pruned, pattern = load_pruned(context).cpu(), parse_pattern(config.pattern)
-    masks = _weight_masks(pruned, pattern)
     own = _network_input(context, pruned)
     common = nn.functional.interpolate(own, size=(_COMMON_SIZE, _COMMON_SIZE), mode="nearest")
     inputs = [own] if own.shape[-1] == _COMMON_SIZE else [own, common]
     with measurement_lock():
-        networks = [bench_network(pruned.network, masks, pattern, x) for x in inputs]
-        if not is_on_cpu:
-            networks += [bench_network_on_gpu(pruned.network, pattern, x.to(device)) for x in inputs]
+        devices = [torch.device("cpu")] if is_on_cpu else [torch.device("cpu"), device]
+        networks = [bench_network(pruned.network, pattern, x.to(d)) for d in devices for x in inputs]
     machine = fingerprint() if is_on_cpu else gpu_fingerprint(device)
     return {"machine": machine, "networks": networks}
 

@@ -10,6 +10,7 @@ import torch
 from tests.kernels.networks import Residual
 from vpns_kernels import parse_pattern
 from vpns_kernels.measure import bench_network, on_gpu
+from vpns_kernels.measure.network import _bench
 from vpns_kernels.measure.network_targets import network_targets
 from vpns_kernels.measure.on_gpu import AUTOTUNED, EAGER, find_gpu, find_gpu_rivals, interleave_events
 from vpns_kernels.measure.random_network import maskable_layers, prune_randomly, scale_weights
@@ -36,9 +37,7 @@ class Event:
 
 @pytest.fixture
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clocks of the CPU, and an opponent that is not compiled."""
-    clock = Clock(interleave, on_gpu._layers, on_gpu._take)
-    monkeypatch.setattr(on_gpu, "gpu_clock", lambda: clock)
+    """An opponent that is not compiled."""
     monkeypatch.setitem(on_gpu._MAKERS, AUTOTUNED, on_gpu._eager)
 
 
@@ -59,16 +58,16 @@ def test_time_is_that_between_two_events_and_warming_up_does_not_count() -> None
 def test_a_network_of_a_run_is_told_of_as_on_the_cpu() -> None:
     pattern, dense = parse_pattern("block:4x4"), scale_weights(Residual())
     pruned = prune_randomly(dense, pattern, 0.35, 0, images())
-    found = on_gpu.bench_network_on_gpu(pruned, pattern, images(), rounds=6)
-    masks = {name: pruned.get_submodule(name).weight != 0 for name in maskable_layers(dense)}
-    expected = bench_network(pruned, masks, pattern, images(), rounds=2)
+    clock = Clock(interleave, on_gpu._layers, on_gpu._take)
+    found = _bench(find_gpu_rivals(pruned, images()), clock, pruned, pattern, images(), rounds=6)
+    expected = bench_network(pruned, pattern, images(), rounds=2)
     assert found.keys() == expected.keys()
     assert found["layers"][0].keys() == expected["layers"][0].keys()
     assert set(found["dense"]) == {EAGER, AUTOTUNED}
     assert found["best_dense"] in found["dense"]
     assert found["dense_dtype"] == "bfloat16"
     assert found["max_rel_err"] <= 0.1
-    assert {row["layer"] for row in found["layers"]} >= masks.keys()
+    assert {row["layer"] for row in found["layers"]} >= set(maskable_layers(dense))
     assert all(row["dense_ms"] > 0 for row in found["layers"])
 
 

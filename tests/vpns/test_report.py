@@ -268,10 +268,9 @@ def test_timings_of_another_form_are_refused(
 def test_planted_timings_have_the_form_of_real_ones() -> None:
     conv = torch.nn.Conv2d(3, 4, 3)
     network = torch.nn.Sequential(conv, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    masks = {"0": torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5}
     with torch.no_grad():
-        conv.weight.mul_(masks["0"])
-    real = bench_network(network.eval(), masks, Unstructured(), torch.ones(2, 3, 8, 8), rounds=1)
+        conv.weight.mul_(torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5)
+    real = bench_network(network.eval(), Unstructured(), torch.ones(2, 3, 8, 8), rounds=1)
     planted = make_network(32)
     assert planted.keys() == real.keys()
     assert planted["layers"][0].keys() == real["layers"][0].keys()

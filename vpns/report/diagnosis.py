@@ -8,7 +8,7 @@ from vpns.methods import find_method
 from vpns.report.accuracy import judge_accuracy, judge_certainty, judge_prompt
 from vpns.report.facts import Facts
 from vpns.report.finding import Finding
-from vpns.report.speed import explain_time
+from vpns.report.speed import count_engines, explain_time
 from vpns_kernels.patterns import parse_pattern
 
 # Of what a search could change of its mask, the share below which it has not searched.
@@ -34,7 +34,7 @@ def diagnose(facts: Facts) -> list[Finding]:
 def _judge_speed(network: dict[str, Any]) -> Finding:
     name = f"speedup over dense, {network['image_size']} px"
     speedup, low = network["speedup"], network["speedup_low"]
-    best = network["best_dense"]
+    best, engines = network["best_dense"], count_engines(network)
     if speedup < 1:
         return Finding(name, speedup, 1.0, "failed", f"Slower than {best}. {explain_time(network)}")
     if low is not None and low < 1:
@@ -43,7 +43,7 @@ def _judge_speed(network: dict[str, Any]) -> Finding:
             "quiet machine."
         )
         return Finding(name, speedup, 1.0, "unclear", cause)
-    return Finding(name, speedup, 1.0, "ok", f"Faster than {best}, the best dense engine here.")
+    return Finding(name, speedup, 1.0, "ok", f"Faster than {best}, the fastest of {engines}.")
 
 
 def _judge_layers(facts: Facts) -> Finding:

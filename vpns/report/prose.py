@@ -11,7 +11,7 @@ from vpns.report.blocks import Block, Command, Picture, Section, Table
 from vpns.report.facts import Facts
 from vpns.report.finding import Finding
 from vpns.report.markdown import show_number
-from vpns.report.speed import describe_machine, show_engines, show_layers, show_ratio
+from vpns.report.speed import count_engines, describe_machine, show_engines, show_layers, show_ratio
 from vpns.report.tables import tabulate_training
 
 _SIGNS = {"ok": "ok", "unclear": "**unclear**", "failed": "**FAILED**", "absent": "-"}
@@ -61,7 +61,7 @@ def _summarise(facts: Facts) -> str:
         f"{facts.config.data.name}. The sparse network gets {tested['accuracy']:.2f}% of "
         f"{tested['test_images']:,} test images right ({where} prompt), dense "
         f"{tested['dense_accuracy']:.2f}% ({pair.difference:+.2f} points). "
-        f"Against the best dense engine here, our kernels run it {speeds}."
+        f"Deployed, it runs {speeds}, against the fastest of {count_engines(facts.bench['networks'][0])}."
     )
 
 

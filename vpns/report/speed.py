@@ -19,9 +19,16 @@ def describe_machine(facts: Facts) -> str:
     return (
         f"{gpu}{machine['cpu']}, {machine['threads']} threads, instruction sets "
         f"{', '.join(machine['isa']) or 'unknown'}; medians of interleaved runs. The headline is "
-        "the ratio to the fastest dense engine measured. Rows: "
+        "the ratio to the fastest dense engine measured "
+        "(`vpns bench --model FOLDER` asks torch.compile, too). Rows: "
         "[engines.csv](engines.csv), [layers.csv](layers.csv)."
     )
+
+
+def count_engines(network: dict[str, Any]) -> str:
+    """How many dense engines the network was timed beside."""
+    count = len(network["dense"])
+    return f"{count} dense engine{'s' if count != 1 else ''} measured beside it"
 
 
 def show_engines(network: dict[str, Any]) -> Section:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.measure.deployed import record_layers
 from vpns_kernels.measure.opponents import find_opponents
-from vpns_kernels.measure.timing import interleave
+from vpns_kernels.measure.timing import drop_hopeless, interleave
 from vpns_kernels.patterns import Pattern
 
 _DTYPES = ("float32", "bfloat16")
@@ -48,21 +49,7 @@ def list_layers(network: nn.Module, x: Tensor, pattern: Pattern | None = None) -
 
 
 def _record(network: nn.Module, x: Tensor) -> list[_Call]:
-    found: list[_Call] = []
-    hooks = []
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-
-            def note(layer: Any, args: tuple[Tensor, ...], name: str = name) -> None:
-                found.append(_Call(name, layer, args[0]))
-
-            hooks.append(module.register_forward_pre_hook(note))
-    try:
-        network(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    return [_Call(*call) for call in record_layers(network, x, (nn.Conv2d, nn.Linear))]
 
 
 def _time(call: _Call, rounds: int, pattern: Pattern | None, rest_s: float) -> dict[str, Any]:
@@ -71,7 +58,8 @@ def _time(call: _Call, rounds: int, pattern: Pattern | None, rest_s: float) -> d
         for name, opponent in find_opponents(call.layer, call.x, [f"torch {d}" for d in _DTYPES]).items()
         if opponent.call is not None
     }
-    samples = interleave(calls, rounds, rest_s=rest_s)
+    once = interleave(calls, 1, warmup=0, rest_s=rest_s)
+    samples = interleave(drop_hopeless(calls, once), rounds, rest_s=rest_s)
     best = min(samples, key=lambda name: samples[name].median_ms)
     return _tell(call, pattern) | {"best_dense": best, "dense_ms": samples[best].median_ms}
 

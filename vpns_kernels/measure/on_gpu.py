@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from vpns_kernels.engine.graphs import CudaRecorder
 from vpns_kernels.measure.dense_layers import list_layers
-from vpns_kernels.measure.deployed import Deployed
+from vpns_kernels.measure.deployed import Deployment
 from vpns_kernels.measure.opponents import cast_network
 from vpns_kernels.measure.subject import Call, Opponent, Subject
 from vpns_kernels.measure.timing import Sample
-from vpns_kernels.measure.whole_network import Clock, Rivals, Settings, bench_whole
+from vpns_kernels.measure.whole_network import Clock, Rivals, Settings
 from vpns_kernels.patterns import Pattern
 
 EAGER, AUTOTUNED = "torch bfloat16", "torch.compile bfloat16"
@@ -65,44 +65,6 @@ def find_gpu_rivals(network: nn.Module, x: Tensor, names: Iterable[str] | None =
     return Rivals(calls, needed=GPU_OPPONENTS)
 
 
-def bench_network_on_gpu(network: nn.Module, pattern: Pattern, x: Tensor, rounds: int = 30) -> dict[str, Any]:
-    """A pruned network, whole and by layer, as `bench_network` tells of a CPU.
-
-    Args:
-        network: in evaluation mode, zeros where pruned; on the CPU.
-        x: [N, C, H, W] float32 on the GPU.
-
-    Raises:
-        RuntimeError: a dense engine that cannot run, or outputs that are not the network's.
-    """
-    rivals = find_gpu_rivals(network, x)
-    cell = bench_whole(rivals, [network], pattern, x, Settings(rounds, clock=gpu_clock()))
-    dtype = cell["best_dense"].split()[-1]
-    layers = [_layer_row(row, pattern, dtype) for row in cell["layers"] if row["density"] is not None]
-    kept = ("device", "dense", "best_dense", "dense_ms", "sparse_ms", "sparse_dtype", "speedup")
-    return {
-        "image_size": x.shape[-1],
-        "batch": len(x),
-        **{key: cell[key] for key in kept},
-        **{key: cell[key] for key in ("speedup_low", "speedup_high", "max_rel_err", "sparse_flops_frac")},
-        "dense_dtype": dtype,
-        "layers": layers,
-    }
-
-
-def _layer_row(row: dict[str, Any], pattern: Pattern, dense_dtype: str) -> dict[str, Any]:
-    times = row["dense_ms"], row["sparse_ms"]
-    told = ("layer", "shape", "density", "choice", "kernel", "reason", "flops", "share")
-    return {
-        **{name: row[name] for name in told},
-        "dense_ms": times[0],
-        "sparse_ms": times[1],
-        "pattern": pattern.spec,
-        "dense_dtype": dense_dtype,
-        "speedup": None if None in times else times[0] / times[1],
-    }
-
-
 def gpu_clock() -> Clock:
     """How a GPU's time is told to `bench_whole`."""
     return Clock(interleave_events, _layers, _take)
@@ -134,7 +96,7 @@ def interleave_events(
 
 
 def _layers(
-    network: nn.Module, deployed: Deployed, x: Tensor, pattern: Pattern | None, settings: Settings
+    network: nn.Module, deployed: Deployment, x: Tensor, pattern: Pattern | None, settings: Settings
 ) -> list[dict[str, Any]]:
     """Dense times are those by which the engine chose, of cuDNN with what follows the layer."""
     dense_ms = deployed.dense_ms()

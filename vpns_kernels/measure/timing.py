@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
+_Callable = TypeVar("_Callable", bound=Callable[[], object])
 LOCK_PATH = Path(tempfile.gettempdir()) / "vpns-measure.lock"
 # What a two-sided 95 % interval may leave out.
 _OUTSIDE_FRAC = 0.05
+# What takes a second and is this many times slower than the fastest is timed once.
+_HOPELESS = 5
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,17 @@ def interleave(
             if number >= warmup:
                 times[name].append(1000 * (clock() - started))
     return {name: Sample(tuple(taken)) for name, taken in times.items()}
+
+
+def drop_hopeless(callables: Mapping[str, _Callable], timed: Mapping[str, Sample]) -> dict[str, _Callable]:
+    """Without what takes a second or more and many times the fastest: bfloat16 on a CPU that lacks it, say.
+
+    Args:
+        timed: a first sample of each.
+    """
+    fastest = min(timed[name].median_ms for name in callables)
+    limit_ms = max(_HOPELESS * fastest, 1000)
+    return {name: call for name, call in callables.items() if timed[name].median_ms <= limit_ms}
 
 
 class Laps:

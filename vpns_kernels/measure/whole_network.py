@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from vpns_kernels.engine import Engine
 from vpns_kernels.measure.dense_layers import time_dense_layers
-from vpns_kernels.measure.deployed import Deployed
+from vpns_kernels.measure.deployed import Deployed, Deployment
 from vpns_kernels.measure.opponents import OPPONENTS, find_opponents
 from vpns_kernels.measure.random_network import kept_frac
 from vpns_kernels.measure.subject import Call
-from vpns_kernels.measure.timing import Ratio, Sample, compare, interleave
+from vpns_kernels.measure.timing import Ratio, Sample, compare, drop_hopeless, interleave
 from vpns_kernels.patterns import Pattern
 
 # Engines without which nobody may speak of the best: the compiler's and OpenVINO's bfloat16.
@@ -38,7 +38,7 @@ Layers = list[dict[str, Any]]
 
 
 def _time_layers(
-    network: nn.Module, deployed: Deployed, x: Tensor, pattern: Pattern | None, settings: Settings
+    network: nn.Module, deployed: Deployment, x: Tensor, pattern: Pattern | None, settings: Settings
 ) -> Layers:
     """Each layer alone, by torch."""
     return time_dense_layers(network, x, settings.layer_rounds, pattern, settings.rest_s)
@@ -55,7 +55,7 @@ class Clock:
     """
 
     interleave: Callable[..., dict[str, Sample]] = interleave
-    time_layers: Callable[[nn.Module, Deployed, Tensor, Pattern | None, Settings], Layers] = _time_layers
+    time_layers: Callable[[nn.Module, Deployment, Tensor, Pattern | None, Settings], Layers] = _time_layers
     take: Callable[[Tensor, str], Tensor] = lambda x, dtype: x
 
 
@@ -70,6 +70,7 @@ class Settings:
         dtype: of the sparse network: "auto", "float32" or "bfloat16".
         engine: that is measured; by default the network is compiled for this.
         clock: of the device.
+        deploy: makes a pruned network ready to run, given it, the pattern, x, dtype and engine.
     """
 
     rounds: int = 30
@@ -78,6 +79,7 @@ class Settings:
     dtype: str = "auto"
     engine: Engine | None = None
     clock: Clock = field(default_factory=Clock)
+    deploy: Callable[..., Deployment] = Deployed
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def bench_whole(
     layers: list[dict[str, Any]] = []
     sparse_dtype, weight_density = "", 1.0
     for number, network in enumerate(pruned):
-        deployed = Deployed(network, pattern, x, settings.dtype, settings.engine)
+        deployed = settings.deploy(network, pattern, x, settings.dtype, settings.engine)
         calls[f"sparse {number}"] = partial(deployed, settings.clock.take(x, deployed.dtype))
         errors.append(_largest_error(network, deployed(x), x))
         if number == 0:
@@ -185,9 +187,13 @@ def _race(dense: Mapping[str, Call], sparse: Mapping[str, Call], settings: Setti
     """Samples of all; those of contenders and sparse networks are of the same rounds."""
     everybody = {**dense, **sparse}
     interleave = settings.clock.interleave
-    first = interleave(everybody, min(_FIRST_ROUNDS, settings.rounds), warmup=1, rest_s=settings.rest_s)
+    # Each was called when it was made ready.
+    once = interleave(everybody, 1, warmup=0, rest_s=settings.rest_s)
+    hopeful = drop_hopeless(dense, once)
+    rounds = min(_FIRST_ROUNDS, settings.rounds)
+    first = once | interleave({**hopeful, **sparse}, rounds, warmup=1, rest_s=settings.rest_s)
     contenders = {
-        name: call for name, call in dense.items() if name in FURTHER or _may_win(name, dense, first)
+        name: call for name, call in hopeful.items() if name in FURTHER or _may_win(name, hopeful, first)
     }
     return first | interleave({**contenders, **sparse}, settings.rounds, warmup=1, rest_s=settings.rest_s)
 
