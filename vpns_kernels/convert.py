@@ -14,7 +14,7 @@ from vpns_kernels.formats import holding_pattern
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.modules import ChannelMask, MaskedConv2d, MaskedLinear, MaskModule, copy_attributes
 from vpns_kernels.patterns import Channel, Pattern
-from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
+from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear, is_own_kind
 
 # The name under which a channel mask hangs in the traced network, one per stream.
 _STREAM_PREFIX = "channel_mask_"
@@ -85,7 +85,7 @@ def weight_masks(model: nn.Module) -> dict[str, Tensor]:
 
 def sparsify(
     model: nn.Module,
-    masks: Mapping[str, Tensor] | None = None,
+    masks: Mapping[str, Tensor | None] | None = None,
     pattern: Pattern | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
@@ -93,7 +93,8 @@ def sparsify(
 
     Args:
         masks: bool weight masks by layer name; layers without one stay dense. None takes the zeros of every
-            layer that has any as its mask (networks pruned by any tool).
+            layer that has any as its mask (networks pruned by any tool), and leaves layers dense that compute
+            in a way of their own or whose weights their parents read (attention's).
         pattern: how the weights are packed; unstructured by default, which takes any mask. So are grouped
             convolutions whose groups the pattern's format cannot hold (depthwise ones, say).
         dtype: of the packed values; the weights' own by default.
@@ -106,11 +107,13 @@ def sparsify(
     sparse = copy_network(model)
     layers = _layers(sparse)
     if masks is None:
-        found = {name: layer.weight.detach() != 0 for name, layer in layers.items()}
-        masks = {name: mask for name, mask in found.items() if not bool(mask.all())}
+        own = {name: layer for name, layer in layers.items() if not is_own_kind(layer)}
+        others = _read_by_others(sparse)
+        masks = {n: None for n, x in own.items() if n not in others and not bool((x.weight != 0).all())}
     unknown = sorted(set(masks) - set(layers))
     if unknown:
         raise ValueError(f"sparsify: expected masks of Conv2d or Linear layers, got {unknown}")
+    twins: dict[int, SparseConv2d | SparseLinear] = {}
     for name, mask in masks.items():
         layer = layers[name]
         twin: SparseConv2d | SparseLinear
@@ -119,6 +122,10 @@ def sparsify(
             twin = SparseConv2d.from_dense(layer, mask, held, dtype)
         else:
             twin = SparseLinear.from_dense(layer, mask, pattern, dtype)
+        # A weight that layers share stays shared.
+        first = twins.setdefault(id(layer.weight), twin)
+        if type(first) is type(twin) and first.values.shape == twin.values.shape:
+            twin.values = first.values
         sparse = _replace(sparse, name, twin)
     return sparse
 
@@ -143,6 +150,17 @@ def densify(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         dense = _replace(dense, name, layer.to_dense())
     return dense
+
+
+def _read_by_others(model: nn.Module) -> set[str]:
+    """Names of layers whose weights the modules around them read."""
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, readers)
+        for name, _ in module.named_modules()
+    }
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:

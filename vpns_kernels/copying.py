@@ -9,6 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+# Before each forward, from parameters of their own.
+_COMPUTING_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
 
 
 def copy_network(model: nn.Module) -> nn.Module:
@@ -22,6 +27,14 @@ def copy_network(model: nn.Module) -> nn.Module:
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
     return copied
+
+
+def copy_hooks(layer: nn.Module, twin: nn.Module) -> None:
+    """Give a layer's hooks to its twin, but those that compute the layer's own weight."""
+    for name, hooks in vars(layer).items():
+        if "_hooks" in name and isinstance(hooks, dict):
+            kept = {key: hook for key, hook in hooks.items() if not isinstance(hook, _COMPUTING_HOOKS)}
+            vars(twin)[name].update(kept)
 
 
 def cast_floats(model: nn.Module, dtype: torch.dtype) -> nn.Module:

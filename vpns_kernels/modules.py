@@ -50,7 +50,7 @@ def copy_attributes(layer: nn.Module, twin: nn.Module) -> None:
 
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """Contiguous where x is and nothing else, as torch's layers hand on what they get; else y itself."""
-    is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    is_last = x.dim() == 4 and x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last)
     return y.contiguous() if x.is_contiguous() and not is_last else y
 
 
@@ -71,6 +71,15 @@ class _Masked:
         """weight · mask, differentiable in both weight and scores."""
         result: Tensor = _MaskWeight.apply(self.weight, self.scores, self.mask, self.pattern)  # type: ignore[no-untyped-call]
         return result
+
+    def _check(self) -> None:
+        """What the op would refuse of a frozen weight."""
+        units = self.pattern.units_shape(tuple(self.weight.shape))
+        if self.mask.dtype != torch.bool or tuple(self.mask.shape) != units:
+            raise ValueError(
+                f"{type(self).__name__}: expected a bool mask {list(units)} of pattern "
+                f"{self.pattern.spec!r}, got {self.mask.dtype} {list(self.mask.shape)}"
+            )
 
     def weight_mask(self) -> Tensor:
         """The bool mask of every single weight, [*weight.shape]."""
@@ -97,6 +106,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.weight.requires_grad:
+            self._check()
             output: Tensor = self._conv_forward(input, self.masked_weight(), self.bias)
             return output
         if input.dim() == 3:  # one image without a batch dimension, as torch allows
@@ -124,6 +134,7 @@ class MaskedLinear(_Masked, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.weight.requires_grad:
+            self._check()
             return F.linear(input, self.masked_weight(), self.bias)
         x, mask, scores = autocast_input(input), self.mask, self.scores
         return masked_linear(x, self.weight, mask, scores, self.pattern, self.bias, self.backends)

@@ -15,11 +15,12 @@ from typing import Any, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from vpns_kernels.copying import copy_hooks
 from vpns_kernels.folding import fold_batch_norm
 from vpns_kernels.formats import Packed, pack, unpack
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops import _cpu
-from vpns_kernels.ops._torch import ACTS, autocast_input, finish
+from vpns_kernels.ops._torch import ACTS, autocast_input, finish, is_plain
 from vpns_kernels.ops.registry import OPS
 from vpns_kernels.ops.sparse_conv2d import sparse_conv2d
 from vpns_kernels.ops.sparse_conv2d_fused import check_inputs, sparse_conv2d_fused
@@ -63,6 +64,7 @@ class _Sparse(nn.Module):
         for name, array in zip(self._layout_names, packed.layout, strict=True):
             self.register_buffer(name, array)
         self._cache = _cpu.PreparedCache(prepare, compares_values=True)
+        self._is_shared = False
 
     @property
     def layout(self) -> tuple[Tensor, ...]:
@@ -99,10 +101,14 @@ class _Sparse(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # What was prepared from the values of before would keep them in memory.
         self._cache = deepcopy(self._cache)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Another process changes shared values without a trace here.
+        self._is_shared = self.values.is_shared()
+        self._cache.compare_values(self._cache.compares_values or self._is_shared)
+        return applied
 
     def train(self, mode: bool = True) -> Self:
-        self._cache.compare_values(mode)
+        self._cache.compare_values(mode or self._is_shared)
         return super().train(mode)
 
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -112,9 +118,8 @@ class _Sparse(nn.Module):
         has_grad = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (x, values, bias, residual)
         )
-        # Tracers see the op; a tensor of another type (a fake one) has no data to compute with here.
-        is_plain = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-        if is_plain and not has_grad and residual is None:
+        may_skip_op = not has_grad and is_plain(x)
+        if may_skip_op and residual is None:
             known = self._cache.same_as_last(values, self.layout, x, self.kernel)
             if known is not None:
                 return known.run(x, bias, None, self.act)
@@ -124,7 +129,7 @@ class _Sparse(nn.Module):
                 self._cache.compare_values(True)
             y = sparse_conv2d(x, values, self.layout, self.geometry, bias, self.backends)
             return finish(y, residual, self.act, y.dtype)
-        if not is_plain or _cpu.why_not(x, values, self.kernel) is not None:
+        if not may_skip_op or _cpu.why_not(x, values, self.kernel) is not None:
             return sparse_conv2d_fused(x, values, self.layout, self.geometry, bias, residual, self.act)
         runner = self._prepared_for(x)
         self._cache.remember(runner, values, self.layout, x, self.kernel)
@@ -149,12 +154,35 @@ def _pack_layer(
     return packed, layer.bias
 
 
+def check_kind(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Refuse another kind of layer, or one that uses its weight in a way of its own.
+
+    Raises:
+        TypeError: no layer of that kind.
+        NotImplementedError: a subclass with a forward of its own.
+    """
+    if not isinstance(layer, kind):
+        raise TypeError(f"from_dense: expected a {kind.__name__}, got {type(layer).__name__}")
+    if is_own_kind(layer):
+        raise NotImplementedError(
+            f"from_dense: expected the forward of {kind.__name__}, got {type(layer).__name__} with its own"
+        )
+
+
+def is_own_kind(layer: nn.Module) -> bool:
+    """Whether a subclass of Conv2d or Linear computes otherwise than they do."""
+    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    methods = ("forward", "_conv_forward") if kind is nn.Conv2d else ("forward",)
+    return any(getattr(type(layer), name) is not getattr(kind, name) for name in methods)
+
+
 _Dense = TypeVar("_Dense", nn.Conv2d, nn.Linear)
 _Layer = TypeVar("_Layer", bound="_Sparse")
 
 
 def _like(sparse: _Layer, dense: nn.Conv2d | nn.Linear) -> _Layer:
-    """Trained or frozen, and in the mode, as the dense layer is."""
+    """Trained or frozen, in the mode, and with the hooks, as the dense layer is."""
+    copy_hooks(dense, sparse)
     sparse.values.requires_grad_(dense.weight.requires_grad)
     if sparse.bias is not None and dense.bias is not None:
         sparse.bias.requires_grad_(dense.bias.requires_grad)
@@ -162,7 +190,10 @@ def _like(sparse: _Layer, dense: nn.Conv2d | nn.Linear) -> _Layer:
 
 
 def _fill(dense: _Dense, sparse: _Sparse) -> _Dense:
+    copy_hooks(sparse, dense)
     weight = sparse.dense_weight().view_as(dense.weight)
+    # Values may have been packed in another type than the bias has.
+    weight = weight if sparse.bias is None else weight.to(sparse.bias.dtype)
     dense.weight = nn.Parameter(weight, requires_grad=sparse.values.requires_grad)
     if sparse.bias is not None:
         dense.bias = nn.Parameter(sparse.bias.detach().clone(), requires_grad=sparse.bias.requires_grad)
@@ -187,6 +218,7 @@ class SparseConv2d(_Sparse):
 
         Without a mask the zeros of its weight are the mask, without a pattern it is unstructured.
         """
+        check_kind(conv, nn.Conv2d)
         packed, bias = _pack_layer(conv, mask, pattern, dtype, bn)
         return _like(cls(packed, bias, kernel, act), conv)
 
@@ -206,7 +238,11 @@ class SparseConv2d(_Sparse):
         return _fill(conv, self)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(conv(x) + bias + residual)."""
+        """act(conv(x) + bias + residual); one image without a batch dimension, as torch allows."""
+        if x.dim() == 3:
+            return self._convolve(
+                x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+            ).squeeze(0)
         return self._convolve(x, residual)
 
 
@@ -228,6 +264,7 @@ class SparseLinear(_Sparse):
 
         Without a mask the zeros of its weight are the mask, without a pattern it is unstructured.
         """
+        check_kind(linear, nn.Linear)
         packed, bias = _pack_layer(linear, mask, pattern, dtype, bn)
         return _like(cls(packed, bias, kernel, act), linear)
 

@@ -41,7 +41,7 @@ class Packed:
 def sorted_index(rows: Tensor, columns: Tensor, row_count: int) -> tuple[Tensor, Tensor]:
     """(indptr, columns) of entries that are already ordered by row, as int32."""
     counts = torch.bincount(rows, minlength=row_count)
-    indptr = torch.zeros(row_count + 1, dtype=torch.int64)
+    indptr = counts.new_zeros(row_count + 1)
     indptr[1:] = counts.cumsum(0)
     return indptr.to(torch.int32), columns.to(torch.int32)
 
@@ -106,7 +106,7 @@ def check_layout(layout: tuple[Tensor, ...], count: int, sizes: LayoutSizes) -> 
     rows = _check_index("index", layout[0], layout[1], sizes.channels_per_group * sizes.taps)
     channels = _check_index("index_t", layout[2], layout[3], sizes.rows * sizes.taps)
     permutation = layout[4].long()
-    if count and not torch.equal(permutation.sort().values, torch.arange(count)):
+    if count and not torch.equal(permutation.sort().values, torch.arange(count, device=permutation.device)):
         raise ValueError(f"layout: expected permutation to hold 0 ... {count - 1} once each")
     entry = layout[1].long()[permutation]
     absolute = rows[permutation] // sizes.rows_per_group * sizes.channels_per_group + entry // sizes.taps
@@ -124,7 +124,7 @@ def _check_index(name: str, indptr: Tensor, index: Tensor, limit: int) -> Tensor
         raise ValueError(
             f"layout: expected {name} in [0, {limit}), got {int(index.min())} ... {int(index.max())}"
         )
-    rows = torch.repeat_interleave(torch.arange(steps.numel()), steps)
+    rows = torch.repeat_interleave(torch.arange(steps.numel(), device=steps.device), steps)
     if bool(((rows.diff() == 0) & (index.long().diff() <= 0)).any()):
         raise ValueError(f"layout: expected {name} to ascend within each row, without doubles")
     return rows

@@ -52,7 +52,7 @@ def pack(
     kept = mask.reshape(geometry.weight_shape).cpu()
     if not bool((dense.isfinite() | ~kept).all()):
         raise ValueError(f"pack: expected weights finite in {dtype}, got NaN or infinity among the kept ones")
-    dense = torch.where(kept, dense, torch.zeros((), dtype=dtype))
+    dense = torch.where(kept, dense, dense.new_zeros(()))
     if isinstance(pattern, Block):
         values, layout = block.pack(dense, kept, geometry, pattern.bk, pattern.bc)
     elif isinstance(pattern, Channel):

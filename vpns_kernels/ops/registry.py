@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
 
 from vpns_kernels.ops.case import Case
 from vpns_kernels.schemas import LIBRARY
@@ -46,8 +48,10 @@ class Op:
         """The backend that will run these arguments: the one asked for, or for "auto" the first that can.
 
         Raises:
-            NotImplementedError: the backend asked for cannot run them; says why and which can.
+            NotImplementedError: the backend asked for cannot run them; says why and which can. Or a
+                derivative in forward mode was asked for, which would silently be zero.
         """
+        _refuse_forward_mode(self.name, args)
         return self._resolve(backend, "why_not", args)
 
     def resolve_passes(
@@ -63,6 +67,7 @@ class Op:
             ValueError: an unknown name, or a number of names other than one and three.
             NotImplementedError: a backend asked for cannot run its pass; says why and which can.
         """
+        _refuse_forward_mode(self.name, args)
         names = [backend] * len(_PASSES) if isinstance(backend, str) else list(backend)
         if len(names) != len(_PASSES):
             raise ValueError(
@@ -110,10 +115,37 @@ def register_op(name: str, backends: Mapping[str, Any]) -> Op:
 
     def dispatch(*args: Any) -> Any:
         *inputs, backend = args
-        return op.module(backend if isinstance(backend, str) else backend[0]).run(*inputs)
+        run = op.module(backend if isinstance(backend, str) else backend[0]).run
+        kind = (inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]).device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return run(*inputs)
+        # The dtypes are what the caller wants: the door has asked autocast for its own.
+        with torch.autocast(kind, enabled=False):
+            return run(*inputs)
 
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     return op
+
+
+def check_floating(op: str, **tensors: Tensor) -> None:
+    """TypeError where one of these arguments is not of a floating dtype."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: expected {name} of a floating dtype, got {tensor.dtype}")
+
+
+def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over images and pixels of an output's gradient [N, K, P, Q], rounded once."""
+    return grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, dtype)).to(dtype)
+
+
+def _refuse_forward_mode(op: str, args: Sequence[Any]) -> None:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+        raise NotImplementedError(
+            f"{op}: expected derivatives in reverse mode, got a request for forward mode"
+        )
 
 
 def call(name: str) -> Callable[..., Any]:

@@ -52,7 +52,7 @@ class InputGradient:
     def run(self, grad: Tensor) -> Tensor:
         """[N, K, P, Q] → [N, C, H, W] as grad, channels_last."""
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x = torch.empty(self._x_shape, dtype=grad.dtype, memory_format=torch.channels_last)
+        grad_x = torch.empty(self._x_shape, dtype=grad.dtype, device="cpu", memory_format=torch.channels_last)
         if grad_x.numel() == 0:
             return grad_x
         _, K, P, Q = grad.shape
@@ -89,7 +89,7 @@ class WeightGradient:
         """[N, K, P, Q] and [N, C, H, W] → float32 of the values' shape."""
         grad = grad.contiguous(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
-        out = torch.empty(self._sizes, dtype=torch.float32)
+        out = torch.empty(self._sizes, dtype=torch.float32, device="cpu")
         if grad.numel() == 0 or out.numel() == 0:
             return out.zero_()
         _, C, H, W = x.shape

@@ -143,7 +143,9 @@ class Prepared:
             raise ValueError(
                 f"sparse_conv2d: expected x {self._x_shape} {self._x_dtype}, got {tuple(x.shape)} {x.dtype}"
             )
-        y = torch.empty(self.output_shape, dtype=out_dtype or x.dtype, memory_format=torch.channels_last)
+        y = torch.empty(
+            self.output_shape, dtype=out_dtype or x.dtype, device="cpu", memory_format=torch.channels_last
+        )
         if (y.dtype == torch.float64) != (x.dtype == torch.float64):
             raise ValueError(
                 f"sparse_conv2d: expected float64 with float64 only, got {x.dtype} and {y.dtype}"

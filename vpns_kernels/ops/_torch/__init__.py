@@ -4,6 +4,7 @@ from vpns_kernels.ops._torch.autocast import autocast_input
 from vpns_kernels.ops._torch.compact import convolve_compact
 from vpns_kernels.ops._torch.epilogue import ACTS, finish, sum_dtype
 from vpns_kernels.ops._torch.gradients import compact_input_gradient, compact_weight_gradient
+from vpns_kernels.ops._torch.plain import is_plain
 
 __all__ = [
     "ACTS",
@@ -12,5 +13,6 @@ __all__ = [
     "compact_weight_gradient",
     "convolve_compact",
     "finish",
+    "is_plain",
     "sum_dtype",
 ]

@@ -17,7 +17,9 @@ def autocast_input(x: Tensor) -> Tensor:
     torch.bfloat16
     """
     kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
     # As torch: double precision was asked for and stays.
-    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+    if not x.is_floating_point() or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(kind))

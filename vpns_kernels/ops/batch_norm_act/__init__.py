@@ -10,7 +10,7 @@ from torch import Tensor
 from vpns_kernels import schemas
 from vpns_kernels.ops._triton.backend import TritonBackend
 from vpns_kernels.ops.batch_norm_act import cpu, reference
-from vpns_kernels.ops.registry import call, register_op
+from vpns_kernels.ops.registry import call, check_floating, register_op
 
 __all__ = ["batch_norm_act"]
 
@@ -52,15 +52,23 @@ def batch_norm_act(
         gradient: running statistics are the caller's.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or fewer than two values per channel.
+        ValueError: shapes or dtypes that do not fit, fewer than two values per channel, or an eps that is not
+            positive.
+        TypeError: x that is not of a floating dtype.
         NotImplementedError: the backend asked for cannot run this; says why.
     """
     if x.dim() != 4:
         raise ValueError(f"batch_norm_act: expected x [N, C, H, W], got {list(x.shape)}")
+    check_floating("batch_norm_act", x=x)
     channels = x.shape[1]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tuple(tensor.shape) != (channels,):
             raise ValueError(f"batch_norm_act: expected {name} [{channels}], got {list(tensor.shape)}")
+        if tensor.dtype != wide:
+            raise ValueError(f"batch_norm_act: expected {name} {wide} for x {x.dtype}, got {tensor.dtype}")
+    if not eps > 0:
+        raise ValueError(f"batch_norm_act: expected eps above 0, got {eps}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"batch_norm_act: expected residual {list(x.shape)} {x.dtype}, "

@@ -10,7 +10,7 @@ from torch import Tensor
 from vpns_kernels import schemas
 from vpns_kernels.ops._triton.backend import TritonBackend
 from vpns_kernels.ops.channel_mask import cpu, reference
-from vpns_kernels.ops.registry import call, register_op
+from vpns_kernels.ops.registry import call, check_floating, register_op
 
 __all__ = ["channel_mask"]
 
@@ -54,9 +54,7 @@ def channel_mask(x: Tensor, scores: Tensor, mask: Tensor, backend: str = "auto")
             raise ValueError(f"channel_mask: expected {name} [{x.shape[1]}], got {list(tensor.shape)}")
     if mask.dtype != torch.bool:
         raise TypeError(f"channel_mask: expected a bool mask, got {mask.dtype}")
-    for name, tensor in (("x", x), ("scores", scores)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"channel_mask: expected {name} of a floating dtype, got {tensor.dtype}")
+    check_floating("channel_mask", x=x, scores=scores)
     args = (x, scores, mask)
     result: Tensor = call("channel_mask")(*args, _OP.resolve(backend, *args))
     return result

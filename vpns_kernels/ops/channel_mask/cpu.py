@@ -28,7 +28,7 @@ def why_not(x: Tensor, scores: Tensor, mask: Tensor) -> str | None:
 def run(x: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     x, factors = _dense(x), mask.float()
     y = torch.empty_like(x)
-    sizes = (x.numel() // x.shape[1], x.shape[1])
+    sizes = (x.numel() // max(x.shape[1], 1), x.shape[1])
     native.library().channel_mask(
         _NAMES[x.dtype], x.data_ptr(), y.data_ptr(), *sizes, factors.data_ptr(), torch.get_num_threads()
     )
@@ -41,13 +41,13 @@ def run_backward(
     """Gradients of x and of the scores, each empty where it is not wanted."""
     grad, x, factors = _dense(grad.to(x.dtype)), _dense(x), mask.float()
     grad_x = torch.empty_like(x) if wants[0] else x.new_empty(0)
-    sums = torch.empty(scores.shape) if wants[1] else torch.empty(0)
+    sums = torch.empty(scores.shape if wants[1] else 0, dtype=torch.float32, device="cpu")
     native.library().channel_mask_backward(
         _NAMES[x.dtype],
         grad.data_ptr(),
         x.data_ptr(),
         grad_x.data_ptr() if wants[0] else 0,
-        x.numel() // x.shape[1],
+        x.numel() // max(x.shape[1], 1),
         x.shape[1],
         factors.data_ptr(),
         sums.data_ptr() if wants[1] else 0,

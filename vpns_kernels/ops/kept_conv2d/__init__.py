@@ -17,7 +17,7 @@ from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._triton.backend import TritonBackend
 from vpns_kernels.ops.kept_conv2d import compact, reference
 from vpns_kernels.ops.kept_conv2d.compact import MOST_KEPT
-from vpns_kernels.ops.registry import call, register_op
+from vpns_kernels.ops.registry import bias_gradient, call, check_floating, register_op
 
 __all__ = ["MOST_KEPT", "kept_conv2d"]
 
@@ -65,7 +65,7 @@ def kept_conv2d(
 
     Raises:
         ValueError: shapes that do not fit the geometry, or a weight that wants a gradient.
-        TypeError: a mask that is not bool, or a weight that is not of a floating dtype.
+        TypeError: a mask that is not bool, or x or a weight that is not of a floating dtype.
         NotImplementedError: the backend asked for cannot run this; says why.
     """
     _check(x, weight, input_mask, geometry, bias, output_mask)
@@ -95,8 +95,7 @@ def _check(
         raise ValueError(
             "kept_conv2d: expected a frozen weight, got one that requires a gradient (detach it)"
         )
-    if not weight.is_floating_point():
-        raise TypeError(f"kept_conv2d: expected a weight of a floating dtype, got {weight.dtype}")
+    check_floating("kept_conv2d", x=x, weight=weight)
     if bias is not None and tuple(bias.shape) != (K,):
         raise ValueError(f"kept_conv2d: expected bias [{K}], got {list(bias.shape)}")
     for name, mask, count in (("input_mask", input_mask, C), ("output_mask", output_mask, K)):
@@ -122,7 +121,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         args = (grad, *ctx.saved_tensors, ctx.x_shape, *ctx.sizes, ctx.backend)
         grad_x = call("kept_conv2d_backward")(*args)
     if ctx.needs_input_grad[2]:
-        grad_bias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
+        grad_bias = bias_gradient(grad, ctx.bias_dtype)
     return grad_x, None, grad_bias, *(None,) * 7
 
 

@@ -29,9 +29,7 @@ def run(
     groups: int,
 ) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    # The dtype of x is what the caller wants, under autocast too.
-    with torch.autocast(x.device.type, enabled=False):
-        y = F.conv2d(x, weight.to(x.dtype), bias, stride, padding, dilation, groups)
+    y = F.conv2d(x, weight.to(x.dtype), bias, stride, padding, dilation, groups)
     return y.contiguous(memory_format=torch.channels_last)
 
 

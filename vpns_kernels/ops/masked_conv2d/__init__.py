@@ -16,7 +16,7 @@ from vpns_kernels import schemas
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._triton.backend import TritonBackend
 from vpns_kernels.ops.masked_conv2d import cpu, reference
-from vpns_kernels.ops.registry import call, register_op
+from vpns_kernels.ops.registry import bias_gradient, call, check_floating, register_op
 from vpns_kernels.patterns import Pattern
 
 __all__ = ["masked_conv2d", "masked_linear"]
@@ -68,10 +68,11 @@ def masked_conv2d(
 
     Raises:
         ValueError: shapes that do not fit the geometry or the pattern, or a weight that wants a gradient.
-        TypeError: a mask that is not bool, scores or a weight that are not of a floating dtype.
+        TypeError: a mask that is not bool; x, scores or a weight that are not of a floating dtype.
         NotImplementedError: the backend asked for cannot run this; says why.
     """
     _check("masked_conv2d", weight, mask, scores, geometry, pattern, bias)
+    check_floating("masked_conv2d", x=x, scores=scores, weight=weight)
     if x.dim() != 4 or x.shape[1] != geometry.in_channels:
         raise ValueError(f"masked_conv2d: expected x [N, {geometry.in_channels}, H, W], got {list(x.shape)}")
     geometry.output_size(x.shape[2], x.shape[3])
@@ -142,9 +143,6 @@ def _check(
             )
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: expected a bool mask, got {mask.dtype}")
-    for name, tensor in (("scores", scores), ("weight", weight)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: expected {name} of a floating dtype, got {tensor.dtype}")
     if bias is not None and tuple(bias.shape) != (geometry.out_channels,):
         raise ValueError(f"{op}: expected bias [{geometry.out_channels}], got {list(bias.shape)}")
 
@@ -165,7 +163,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         found = call("masked_conv2d_backward")(grad, *ctx.saved_tensors, *ctx.rest, wants, ctx.backends)
         grad_x, grad_scores = found[0] if wants[0] else None, found[1] if wants[1] else None
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
+        grad_bias = bias_gradient(grad, ctx.bias_dtype)
     return grad_x, None, None, grad_scores, grad_bias, *(None,) * 6
 
 

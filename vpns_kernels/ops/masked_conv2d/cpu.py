@@ -59,7 +59,7 @@ def run(
     geometry = _geometry(weight, stride, padding, dilation, groups)
     N, _, H, W = x.shape
     shape = (N, geometry.out_channels, *geometry.output_size(H, W))
-    y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    y = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     if y.numel() > 0:
         bias = None if bias is None else bias.detach().float().contiguous()
         masked = _Masked(weight, mask, parse_pattern(pattern))
@@ -82,7 +82,7 @@ def run_input_gradient(
 ) -> Tensor:
     """[N, C, H, W] as x, channels_last: the forward kernels on the transposed weight."""
     geometry = _geometry(weight, stride, padding, dilation, groups)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     if grad_x.numel() > 0:
         masked = _Masked(weight, mask, parse_pattern(pattern))
         _convolve(masked, x.shape, geometry, _dense(grad), grad_x, None, True, kernel)
@@ -107,7 +107,7 @@ def run_score_gradient(
     geometry = _geometry(weight, stride, padding, dilation, groups)
     signed, is_block = scores.detach().float().contiguous(), isinstance(kind, Block)
     # Of blocks the library leaves the sums; of single weights it takes the scores' signs with it.
-    out = torch.empty(scores.shape, dtype=torch.float32)
+    out = torch.empty(scores.shape, dtype=torch.float32, device="cpu")
     if grad.numel() == 0:
         out.zero_()
     else:

@@ -28,9 +28,7 @@ def run(
     groups: int,
 ) -> Tensor:
     masked = _masked(weight, mask, pattern).to(x.dtype)
-    # The dtype of x is what the caller wants, under autocast too.
-    with torch.autocast(x.device.type, enabled=False):
-        y = F.conv2d(x, masked, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
+    y = F.conv2d(x, masked, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
     return y.contiguous(memory_format=torch.channels_last)
 
 

@@ -19,9 +19,9 @@ def to_unit(image: Tensor, wide: torch.dtype) -> Tensor:
     return image.to(wide) / 255 if image.dtype == torch.uint8 else image.to(wide)
 
 
-def frame_mask(height: int, width: int, frame: int) -> Tensor:
+def frame_mask(height: int, width: int, frame: int, device: torch.device) -> Tensor:
     """Bool [H, W], True on the frame."""
-    mask = torch.ones(height, width, dtype=torch.bool)
+    mask = torch.ones(height, width, dtype=torch.bool, device=device)
     mask[frame : height - frame, frame : width - frame] = False
     return mask
 
@@ -31,7 +31,7 @@ def compose(pixels: Tensor, prompt: Tensor | None, frame: int, variant: str) -> 
     canvas = F.pad(pixels, (frame,) * 4) if variant == "framed" else pixels
     if prompt is None:
         return canvas
-    mask = frame_mask(canvas.shape[2], canvas.shape[3], frame)
+    mask = frame_mask(canvas.shape[2], canvas.shape[3], frame, canvas.device)
     if variant == "framed":
         return torch.where(mask, prompt.to(canvas.dtype).sigmoid(), canvas)
     return (canvas + torch.where(mask, prompt.to(canvas.dtype), 0)).clamp(0, 1)

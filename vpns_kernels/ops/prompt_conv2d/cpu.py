@@ -64,7 +64,7 @@ def run(
 ) -> Tensor:
     """`kernel` names one of the library's prompt_conv2d_kernels; by default the first that can."""
     canvas = _Canvas(image, prompt, weight, frame, variant, mean, std, (stride, padding, dilation), dtype)
-    y = torch.empty(canvas.output_shape, dtype=dtype, memory_format=torch.channels_last)
+    y = torch.empty(canvas.output_shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
     if y.numel() == 0:
         return y
     rounded = weight.to(dtype).contiguous()
@@ -104,9 +104,14 @@ def run_backward(
     wants_prompt = wants[0] and prompt is not None
     _, _, H, W = canvas.shape
     # Zeros, not empty: without images the kernel has nothing to write.
-    grad_canvas = torch.zeros((H, W, 3) if wants_prompt else 0)
-    grad_weight = torch.zeros(weight.shape if wants[1] else 0)
-    grad_bias = torch.zeros(weight.shape[0] if wants[2] else 0)
+    shapes = (
+        (H, W, 3) if wants_prompt else 0,
+        weight.shape if wants[1] else 0,
+        weight.shape[0] if wants[2] else 0,
+    )
+    grad_canvas, grad_weight, grad_bias = (
+        torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in shapes
+    )
     if grad.numel() > 0:
         grad = grad.contiguous(memory_format=torch.channels_last)
         rounded = weight.to(grad.dtype).float().contiguous()
@@ -122,10 +127,12 @@ def run_backward(
         )
     if not wants_prompt or prompt is None:
         return weight.new_empty(0), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
-    grad_prompt = grad_canvas.permute(2, 0, 1) / torch.tensor(std).view(3, 1, 1)
+    grad_prompt = grad_canvas.permute(2, 0, 1) / grad_canvas.new_tensor(std).view(3, 1, 1)
     if variant == "framed":
         opacity = prompt.detach().float().sigmoid()
-        grad_prompt = torch.where(frame_mask(H, W, frame), grad_prompt * (opacity * (1 - opacity)), 0)
+        grad_prompt = torch.where(
+            frame_mask(H, W, frame, prompt.device), grad_prompt * (opacity * (1 - opacity)), 0
+        )
     return (
         grad_prompt.to(prompt.dtype).contiguous(),
         grad_weight.to(weight.dtype),
@@ -158,8 +165,8 @@ class _Canvas:
         self.sizes = [*self.shape, K, R, S, P, Q, *(size for pair in conv for size in pair), 1]
         if variant == "released" and prompt is None:
             frame = 0
-        settings = torch.tensor([list(mean), list(std)])
-        levels = to_unit(torch.arange(256, dtype=torch.uint8), torch.float32).expand(3, 1, 256)
+        settings = torch.tensor([list(mean), list(std)], dtype=torch.float32, device="cpu")
+        levels = to_unit(torch.arange(256, dtype=torch.uint8, device="cpu"), torch.float32).expand(3, 1, 256)
         levels = normalise(levels, mean, std).to(dtype).float().contiguous()
         frame_canvas = raw = None
         if variant == "framed":

@@ -26,7 +26,7 @@ def run(scores: Sequence[Tensor], kept: int) -> tuple[Tensor, Tensor]:
         kept,
         torch.get_num_threads(),
     )
-    return scores[0].new_tensor(threshold), torch.tensor(ties_kept, dtype=torch.int64)
+    return scores[0].new_tensor(threshold), torch.tensor(ties_kept, dtype=torch.int64, device="cpu")
 
 
 def run_with_masks(
@@ -37,7 +37,7 @@ def run_with_masks(
     Args:
         all_ties_or_none: where not all that equal the threshold are among the kept, none is.
     """
-    masks = [torch.empty(tensor.shape, dtype=torch.bool) for tensor in scores]
+    masks = [torch.empty(tensor.shape, dtype=torch.bool, device="cpu") for tensor in scores]
     threshold, ties_kept, counted = native.library().select_threshold(
         [tensor.data_ptr() for tensor in scores],
         [tensor.numel() for tensor in scores],
@@ -46,7 +46,9 @@ def run_with_masks(
         [mask.data_ptr() for mask in masks],
         all_ties_or_none,
     )
-    ties, kept_in_all = (torch.tensor(number, dtype=torch.int64) for number in (ties_kept, counted))
+    ties, kept_in_all = (
+        torch.tensor(number, dtype=torch.int64, device="cpu") for number in (ties_kept, counted)
+    )
     return masks, scores[0].new_tensor(threshold), ties, kept_in_all
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from vpns_kernels import schemas
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._triton.backend import TritonBackend
-from vpns_kernels.ops.registry import call, register_op
+from vpns_kernels.ops.registry import bias_gradient, call, check_floating, register_op
 from vpns_kernels.ops.sparse_conv2d import compact, cpu, reference
 
 __all__ = ["sparse_conv2d"]
@@ -63,12 +63,14 @@ def sparse_conv2d(
 
     Raises:
         ValueError: shapes that do not fit the geometry, or a layout that does not describe it.
+        TypeError: x or values that are not of a floating dtype.
         NotImplementedError: the backend asked for cannot run this; says why.
     """
     if x.dim() != 4 or x.shape[1] != geometry.in_channels:
         raise ValueError(f"sparse_conv2d: expected x [N, {geometry.in_channels}, H, W], got {list(x.shape)}")
     if bias is not None and tuple(bias.shape) != (geometry.out_channels,):
         raise ValueError(f"sparse_conv2d: expected bias [{geometry.out_channels}], got {list(bias.shape)}")
+    check_floating("sparse_conv2d", x=x, values=values)
     geometry.output_size(x.shape[2], x.shape[3])
     g = geometry
     args = (x, values, list(layout), bias, g.weight_shape, g.stride, g.padding, g.dilation, g.groups)
@@ -96,7 +98,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         found_x, found_values = call("sparse_conv2d_backward")(*args)
         grad_x, grad_values = found_x if wants[0] else None, found_values if wants[1] else None
     if ctx.needs_input_grad[3]:
-        grad_bias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
+        grad_bias = bias_gradient(grad, ctx.bias_dtype)
     return grad_x, grad_values, [None] * len(layout), grad_bias, *(None,) * 6
 
 
