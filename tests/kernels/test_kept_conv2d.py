@@ -124,7 +124,7 @@ def test_bad_input_is_refused_with_what_was_expected() -> None:
         (
             {"weight": torch.ones(2, 3, 1, 1).int()},
             TypeError,
-            "a weight of a floating dtype, got torch.int32",
+            "expected weight of a floating dtype, got torch.int32",
         ),
         ({"bias": torch.ones(3)}, ValueError, r"expected bias \[2\], got \[3\]"),
         (
