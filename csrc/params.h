@@ -8,6 +8,9 @@
 
 namespace vpns {
 
+// Sizes, and entries of a tensor, are below this: places in it are int32.
+constexpr int64_t kSizeLimit = int64_t{1} << 31;
+
 enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF64 = 2, kF16 = 3 };
 
 // The two half types by their bits, so that no kernel takes one for the other.

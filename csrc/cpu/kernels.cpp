@@ -1,7 +1,5 @@
 #include "cpu/kernels.h"
 
-#include <limits>
-
 #include "checks.h"
 #include "cpu/sparse_conv2d.h"
 
@@ -51,7 +49,7 @@ void check_conv_shape(const ConvShape& s) {
   const char* me = "sparse_conv2d";
   for (int64_t size : {s.C, s.H, s.W, s.K, s.R, s.S, s.P, s.Q, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w,
                        s.groups})
-    check(size >= 1 && size < std::numeric_limits<int32_t>::max(), me, "sizes of at least 1", size);
+    check(size >= 1 && size < kSizeLimit, me, "sizes of at least 1 and below 2^31", size);
   check(s.N >= 0 && s.pad_h >= 0 && s.pad_w >= 0, me, "a batch and padding of at least 0", s.N);
   check(s.C % s.groups == 0 && s.K % s.groups == 0, me, "channels divisible by groups", s.groups);
 }
@@ -60,7 +58,7 @@ void check_sparse_conv2d(const ConvShape& s, const SparseWeights& w) {
   const char* me = "sparse_conv2d";
   check_conv_shape(s);
   for (int64_t size : {w.bk, w.bc})
-    check(size >= 1 && size < std::numeric_limits<int32_t>::max(), me, "blocks of at least 1 x 1", size);
+    check(size >= 1 && size < kSizeLimit, me, "blocks of at least 1 x 1 and below 2^31", size);
   const int64_t filters = s.K / s.groups, channels = s.C / s.groups;
   if (w.format == Format::kChannel) {
     check(s.groups == 1, me, "channel weights without groups", s.groups);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <limits>
 #include <numeric>
 
 #include "checks.h"
@@ -72,7 +71,7 @@ void copy_block(const float* from, const Axis& row, const Axis& column, int64_t 
 
 template <typename Value>
 void allocate(OwnedWeights& packed, int64_t count, int64_t unit) {
-  check(count < std::numeric_limits<int32_t>::max(), "masked_conv2d", "fewer than 2^31 kept units", count);
+  check(count < kSizeLimit, "masked_conv2d", "fewer than 2^31 kept units", count);
   packed.values = std::make_unique_for_overwrite<char[]>(std::max<int64_t>(count * unit, 1) * sizeof(Value));
   packed.index.resize(count);
 }

@@ -1,7 +1,6 @@
 // Reads plan.bin: a table of values, of steps and of tensors, then names, then the tensors' data.
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 #include "checks.h"
 #include "cpu/kernels.h"
@@ -65,7 +64,10 @@ class Reader {
   void read_header() {
     check(size_ >= kHeaderBytes, kMe, "at least a header", size_);
     check(std::memcmp(bytes_, "VPNSPLAN", 8) == 0, kMe, "the magic VPNSPLAN", "another");
-    check(u32(8) == kVersion, kMe, "version 2", u32(8));
+    if (const int64_t version = u32(8); version != kVersion)
+      fail(kMe, "version " + std::to_string(kVersion),
+           std::to_string(version) +
+               (version > kVersion ? " (newer than this reader)" : " (older: compile and save it again)"));
     steps_ = u32(12);
     const int64_t tensors = u32(16);
     values_ = u32(20);
@@ -94,8 +96,8 @@ class Reader {
   void read_value(int64_t at) {
     const PlanValue value{u32(at), u32(at + 4), u32(at + 8), float_type(u32(at + 12))};
     for (int64_t extent : {value.channels, value.height, value.width})
-      check(extent >= 1 && extent < kLimit, kMe, "activations of at least one entry", extent);
-    check(value.channels * value.height < kLimit && value.elements() < kLimit, kMe,
+      check(extent >= 1 && extent < kSizeLimit, kMe, "activations of at least one entry", extent);
+    check(value.channels * value.height < kSizeLimit && value.elements() < kSizeLimit, kMe,
           "activations of fewer than 2^31 entries", value.channels);
     plan_.values.push_back(value);
   }
@@ -169,10 +171,10 @@ class Reader {
       int64_t count = 1;
       for (int64_t axis = 0; axis < rank; ++axis) {
         const uint64_t extent = number<uint64_t>(at + 16 + 8 * axis);
-        check(extent < static_cast<uint64_t>(kLimit), kMe, "extents below 2^31", extent);
+        check(extent < static_cast<uint64_t>(kSizeLimit), kMe, "extents below 2^31", extent);
         tensor.shape.push_back(static_cast<int64_t>(extent));
         count *= static_cast<int64_t>(extent);
-        check(count < kLimit, kMe, "tensors of fewer than 2^31 entries", count);
+        check(count < kSizeLimit, kMe, "tensors of fewer than 2^31 entries", count);
       }
       const int64_t item = tensor.dtype == kFloat64 ? 8 : tensor.dtype == kFloat32 || tensor.dtype == kInt32 ? 4 : 2;
       place = (place + kAlignment - 1) / kAlignment * kAlignment;
@@ -243,7 +245,7 @@ class Reader {
     s.H = x.height, s.W = x.width, s.P = y.height, s.Q = y.width;
     for (int64_t number : {s.C, s.K, s.R, s.S, s.stride_h, s.stride_w, s.pad_h, s.pad_w, s.dilation_h, s.dilation_w,
                            s.groups})
-      check(number < kLimit, kMe, "sizes below 2^31", number);
+      check(number < kSizeLimit, kMe, "sizes below 2^31", number);
     check_conv_shape(s);
     check(s.C == x.channels, kMe, "an input of its channels", step.name);
   }
@@ -355,8 +357,6 @@ class Reader {
     check(tensor.dtype == kInt32 && tensor.shape.size() == 1, kMe, "a list of int32", tensor.shape.size());
     return reinterpret_cast<const int32_t*>(tensor.data);
   }
-
-  static constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
 
   const uint8_t* bytes_;
   int64_t size_, segment_;

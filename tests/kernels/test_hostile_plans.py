@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.kernels.test_engine import build, images, prune
 from tests.kernels.test_engine_torch import Attentive
 from vpns_kernels import native
 from vpns_kernels.engine.lower import lower
-from vpns_kernels.engine.plan_file import encode_plan
+from vpns_kernels.engine.plan_file import decode_plan, encode_plan
 from vpns_kernels.engine.select import draft_plan
 from vpns_kernels.engine.strips import find_strips
 from vpns_kernels.engine.trace import trace_network
@@ -98,6 +99,27 @@ def attack(kind: str, count: int, seed: int) -> None:
 @pytest.mark.parametrize("kind", ["residual", "vgg", "depthwise", "steps", "segments", "strips"])
 def test_a_hostile_plan_is_refused_or_valid_and_never_crashes(kind: str) -> None:
     attack(kind, 400, 5)
+
+
+@pytest.mark.parametrize(
+    ("version", "hint"), [(2, "older: compile and save it again"), (1 << 31, "newer than this reader")]
+)
+def test_a_plan_of_another_version_is_refused_in_the_words_of_the_python_reader(
+    version: int, hint: str
+) -> None:
+    good, segment = make("vgg")
+    data = good[:8] + struct.pack("<I", version) + good[12:]
+    message = rf"expected version \d+, got {version} \({hint}\)$"
+    with pytest.raises(ValueError, match=message):
+        open_natively(data, segment)
+    with pytest.raises(ValueError, match=message):
+        decode_plan(torch.frombuffer(bytearray(data), dtype=torch.uint8), Path("plan.bin"))
+
+
+def test_the_largest_size_that_python_writes_is_read() -> None:
+    network = nn.Conv2d(3, 4, 1, stride=2**31 - 1).eval()
+    plan = draft_plan(lower(trace_network(network, images(1))), torch.float32, {})
+    open_natively(b"".join(encode_plan(plan)), -1)
 
 
 @pytest.mark.long
