@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/convert.h"
+#include "cpu/isa.h"
 #include "runtime/network.h"
 
 namespace py = pybind11;
@@ -44,7 +45,7 @@ void bind_network(py::module_& m) {
           [](Network& self, const std::vector<std::pair<int64_t, int64_t>>& groups, int64_t cache_bytes) {
             std::vector<StepSpan> spans;
             for (const auto& [first, count] : groups) spans.push_back({first, count});
-            self.set_strips(spans, cache_bytes > 0 ? cache_bytes : strip_cache_bytes());
+            self.set_strips(spans, cache_bytes > 0 ? cache_bytes : l2_cache_bytes());
           },
           py::arg("groups"), py::arg("cache_bytes") = 0,
           "First step and number of steps of each group that runs by strips of rows, and the bytes that the rows of a "

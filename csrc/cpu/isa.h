@@ -25,7 +25,7 @@ std::vector<std::string> isa_list();
 // where the CPU does not say. Cores of equal instructions need not be equally fast at them.
 std::string cpu_core();
 
-// Bytes of a core's second-level cache; a sensible default where the system does not say.
+// Bytes of a core's second-level and first-level data cache; a sensible default where the system does not say.
 long l2_cache_bytes();
 long l1_cache_bytes();
 

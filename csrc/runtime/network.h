@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "runtime/memory.h"
 #include "runtime/plan.h"
@@ -62,7 +63,7 @@ class Network {
   void set_chunk(int64_t chunk);
   // Groups of steps that run by strips, other than the plan says; not while it runs. A group of which some kernel cannot
   // compute some rows alone runs step by step. `cache_bytes`: that the rows which a strip touches should fit.
-  void set_strips(const std::vector<StepSpan>& groups, int64_t cache_bytes = strip_cache_bytes());
+  void set_strips(const std::vector<StepSpan>& groups, int64_t cache_bytes = l2_cache_bytes());
   const std::vector<StripGroup>& strips() const { return groups_; }
   int64_t bytes_per_image() const { return memory_.bytes; }
 

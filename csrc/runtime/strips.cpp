@@ -1,7 +1,5 @@
 #include "runtime/strips.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <limits>
 
@@ -191,11 +189,6 @@ StripGroup make_strip_group(const Plan& plan, StepSpan steps, int64_t cache_byte
     group.strips.push_back(std::move(strip));
   }
   return group;
-}
-
-int64_t strip_cache_bytes() {
-  const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return bytes > 0 ? bytes : 1 << 20;
 }
 
 }  // namespace vpns

@@ -55,7 +55,4 @@ struct StripGroup {
 // Steps that all run by rows. Strips are as high as lets the rows that a strip touches fit `cache_bytes`.
 StripGroup make_strip_group(const Plan& plan, StepSpan steps, int64_t cache_bytes);
 
-// This machine's second-level cache of a core.
-int64_t strip_cache_bytes();
-
 }  // namespace vpns
