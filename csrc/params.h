@@ -13,6 +13,8 @@ constexpr int64_t kSizeLimit = int64_t{1} << 31;
 
 enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF64 = 2, kF16 = 3 };
 
+constexpr int64_t bytes_of(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
+
 // The two half types by their bits, so that no kernel takes one for the other.
 struct Bf16 {
   uint16_t bits;

@@ -12,7 +12,7 @@ struct Chunks {
   Chunks(int64_t pixels_, int64_t channels, int64_t element_bytes)
       : pixels(pixels_), size(std::clamp(kChunkBytes / (channels * element_bytes), kLeastChunkPixels, kMostChunkPixels)) {}
 
-  int64_t count() const { return (pixels + size - 1) / size; }
+  int64_t count() const { return ceil_div(pixels, size); }
   int64_t begin(int64_t chunk) const { return chunk * size; }
   int64_t end(int64_t chunk) const { return std::min(pixels, (chunk + 1) * size); }
 };

@@ -115,7 +115,7 @@ void run_channel_tile(const ConvShape& s, const float* weights, int64_t channels
 template <typename Reads, int kSize, int kStride, typename X, typename Y>
 void run_channel_tiles(const ConvShape& s, const float* weights, const ConvCall& call) {
   const Output<Y> out(call);
-  const int64_t rows = call.row_count(s), tiles = ceil_div(rows, int64_t{kTileRows}), channels = ceil_div(s.C, int64_t{16}) * 16;
+  const int64_t rows = call.row_count(s), tiles = ceil_div(rows, kTileRows), channels = round_up(s.C, 16);
   const int64_t step_q = call.y_at(s, 0, 0, 1) - call.y_at(s, 0, 0, 0);
   const int64_t step_p = call.y_at(s, 0, 1, 0) - call.y_at(s, 0, 0, 0);
   const auto lies_within = [](int64_t first, int64_t outputs, int64_t size) {

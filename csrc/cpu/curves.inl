@@ -58,7 +58,7 @@ void bend_pixels(const CurveCall& call) {
   const bool is_dense = call.stride == call.channels;
   constexpr int64_t kRun = 4096;
   const int64_t all = call.pixels * call.channels;
-  const int64_t runs = is_dense ? (all + kRun - 1) / kRun : call.pixels;
+  const int64_t runs = is_dense ? ceil_div(all, kRun) : call.pixels;
 #pragma omp parallel for num_threads(call.threads) schedule(static)
   for (int64_t run = 0; run < runs; ++run) {
     T* const from = y + run * (is_dense ? kRun : call.stride);

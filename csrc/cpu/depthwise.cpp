@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "cpu/planes.h"
+#include "arithmetic.h"
 #include "cpu/sparse_conv2d.h"
 
 namespace vpns {

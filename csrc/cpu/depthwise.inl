@@ -90,7 +90,7 @@ void run_depthwise(const DepthwisePlan& plan, const ConvCall& call) {
   const int64_t rows = call.row_count(s);
   // Outputs [first, last) read no column outside the input.
   const int64_t reach = (s.S - 1) * s.dilation_w;
-  const int64_t first = std::min((s.pad_w + s.stride_w - 1) / s.stride_w, s.Q);
+  const int64_t first = std::min(ceil_div(s.pad_w, s.stride_w), s.Q);
   const int64_t room = s.W - 1 - reach + s.pad_w;
   const int64_t last = std::clamp(room < 0 ? 0 : room / s.stride_w + 1, first, s.Q);
 #pragma omp parallel for num_threads(call.threads) schedule(static)

@@ -1,5 +1,7 @@
 #include "cpu/huge_pages.h"
 
+#include "arithmetic.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -8,9 +10,9 @@ namespace vpns {
 
 void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  constexpr int64_t kPage = 2 << 20;
+  const int64_t first = reinterpret_cast<intptr_t>(memory);
+  const int64_t begin = round_up(first, kPage), end = (first + bytes) / kPage * kPage;
   // Advice only: where it is refused nothing is lost.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif

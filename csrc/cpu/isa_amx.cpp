@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "arithmetic.h"
 #include "cpu/multiply_rate.h"
 #include "cpu/phases.h"
 #include "cpu/scratch.h"

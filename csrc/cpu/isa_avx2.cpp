@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "arithmetic.h"
 #include "cpu/batch_norm_act.h"
 #include "cpu/channel_mask.h"
 #include "cpu/curves.h"

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "arithmetic.h"
 #include "cpu/batch_norm_act.h"
 #include "cpu/channel_mask.h"
 #include "cpu/depthwise.h"

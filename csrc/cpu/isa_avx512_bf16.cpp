@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "arithmetic.h"
 #include "cpu/depthwise.h"
 #include "cpu/grouped.h"
 #include "cpu/multiply_rate.h"

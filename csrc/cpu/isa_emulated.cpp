@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "arithmetic.h"
 #include "cpu/phases.h"
 #include "cpu/prompt_conv2d.h"
 #include "cpu/scratch.h"

@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "arithmetic.h"
 #include "cpu/phases.h"
 #include "cpu/scratch.h"
 #include "cpu/sparse_conv2d_unstructured.h"

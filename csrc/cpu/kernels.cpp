@@ -1,5 +1,6 @@
 #include "cpu/kernels.h"
 
+#include "arithmetic.h"
 #include "checks.h"
 #include "cpu/sparse_conv2d.h"
 
@@ -72,8 +73,8 @@ void check_sparse_conv2d(const ConvShape& s, const SparseWeights& w) {
     return check_list(w.index, w.columns, s.C);
   }
   check(s.groups == 1 || filters % w.bk == 0, me, "blocks within a group", w.bk);
-  const int64_t rows = s.groups * ((filters + w.bk - 1) / w.bk);
-  const int64_t columns = (channels + w.bc - 1) / w.bc * s.R * s.S;
+  const int64_t rows = s.groups * ceil_div(filters, w.bk);
+  const int64_t columns = ceil_div(channels, w.bc) * s.R * s.S;
   check(w.indptr[0] == 0 && w.indptr[rows] == w.count, me, "row pointers from 0 to the count", w.indptr[rows]);
   for (int64_t row = 0; row < rows; ++row) {
     check(w.indptr[row] <= w.indptr[row + 1], me, "ascending row pointers", w.indptr[row + 1]);

@@ -5,8 +5,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "arithmetic.h"
 #include "checks.h"
-#include "cpu/planes.h"
 #include "cpu/sparse_conv2d.h"
 #include "cpu/transposed_weights.h"
 

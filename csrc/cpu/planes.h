@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "arithmetic.h"
 #include "params.h"
 
 namespace vpns {
@@ -57,7 +58,7 @@ struct Planes {
 // eight of nine taps do where a 3×3 filter meets a single pixel.
 inline std::vector<uint8_t> reaching_taps(const ConvShape& s) {
   const auto reaches = [](int64_t inputs, int64_t outputs, int64_t stride, int64_t before) {
-    const int64_t first = before < 0 ? (-before + stride - 1) / stride : 0;  // output that reads no row before the first
+    const int64_t first = before < 0 ? ceil_div(-before, stride) : 0;  // output that reads no row before the first
     return first < outputs && first * stride + before < inputs;
   };
   std::vector<uint8_t> taps;
@@ -73,10 +74,8 @@ inline std::vector<uint8_t> reaching_taps(const ConvShape& s) {
 // Cut `extent` into equal pieces of at most `most`: the size of a piece.
 inline int64_t even_tile(int64_t extent, int64_t most) {
   if (extent <= 0) return 1;
-  const int64_t pieces = (extent + most - 1) / std::max<int64_t>(most, 1);
-  return (extent + pieces - 1) / pieces;
+  const int64_t pieces = ceil_div(extent, std::max<int64_t>(most, 1));
+  return ceil_div(extent, pieces);
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace vpns

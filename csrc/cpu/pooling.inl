@@ -50,7 +50,7 @@ struct PoolSpan {
 inline PoolSpan pool_span(const PoolCall& call, int64_t out, int64_t in, int64_t outs, int64_t window, int64_t stride,
                           int64_t pad) {
   if (call.pool == Pool::kAdaptiveMean) {
-    const int64_t begin = out * in / outs, end = ((out + 1) * in + outs - 1) / outs;
+    const int64_t begin = out * in / outs, end = ceil_div((out + 1) * in, outs);
     return {begin, end, end - begin};
   }
   const int64_t first = out * stride - pad, last = std::min(first + window, in + pad);

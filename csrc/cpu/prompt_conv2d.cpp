@@ -6,6 +6,7 @@
 #include <memory>
 #include <numeric>
 
+#include "arithmetic.h"
 #include "checks.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
@@ -105,14 +106,14 @@ void run_area(const PromptForward& f, const Kernel& kernel, const OutputArea& ar
   call.y_stride_h = f.shape.Q * s.K;
   call.y_stride_w = s.K;
   const int64_t at = first * call.y_stride_n + area.p0 * call.y_stride_h + area.q0 * call.y_stride_w;
-  call.y = static_cast<char*>(call.y) + at * y_bytes(call.y_dtype);
+  call.y = static_cast<char*>(call.y) + at * bytes_of(call.y_dtype);
   kernel.steps().forward(plan, source, call);
 }
 
 // Outputs outside `area`, from the first image to all others.
 void copy_around(const PromptForward& f, const OutputArea& area) {
   const ConvShape& s = f.shape;
-  const int64_t pixel = s.K * y_bytes(f.call.y_dtype);
+  const int64_t pixel = s.K * bytes_of(f.call.y_dtype);
   char* const y = static_cast<char*>(f.call.y);
 #pragma omp parallel for num_threads(f.call.threads) collapse(2) schedule(static)
   for (int64_t n = 1; n < s.N; ++n)
@@ -205,7 +206,7 @@ void run_weight_gradient(const PromptBackward& b, const Kernel& kernel, const Ou
     step.planes = std::max(step.planes, step.h.extent(p) * step.w.extent(q) * 3);
     step.pixels = std::max(step.pixels, p * q);
   }
-  const std::unique_ptr<float[]> sums(new float[step.chunks * step.chunk_floats]);
+  const auto sums = std::make_unique_for_overwrite<float[]>(step.chunks * step.chunk_floats);
   step.sums = sums.get();
   kernel.steps().weight_gradient(step);
   for (int64_t k = 0; k < s.K; ++k) {
@@ -242,7 +243,7 @@ void prompt_conv2d(const PromptForward& f, const std::string& kernel_name) {
   const ConvShape& s = f.shape;
   check_sizes(s, f.images);
   const Kernel& kernel = choose(kernel_name, f.call.y_dtype);
-  prefer_huge_pages(f.call.y, s.N * s.P * s.Q * s.K * y_bytes(f.call.y_dtype));
+  prefer_huge_pages(f.call.y, s.N * s.P * s.Q * s.K * bytes_of(f.call.y_dtype));
   const OutputArea all{0, s.P, 0, s.Q};
   const OutputArea varies = f.images.is_framed() ? that_see_the_image(s, f.images.frame) : all;
   const bool has_constants = s.N > 1 && (varies.p1 - varies.p0) * (varies.q1 - varies.q0) < s.P * s.Q;
@@ -263,7 +264,7 @@ void prompt_conv2d_backward(const PromptBackward& b, const std::string& kernel_n
   std::unique_ptr<float[]> total;
   const bool sums_for_frame = is_framed && b.grad_canvas != nullptr;
   if (b.grad_bias != nullptr || sums_for_frame || (has_constants && b.grad_weight != nullptr)) {
-    total.reset(new float[s.P * s.Q * s.K]);
+    total = std::make_unique_for_overwrite<float[]>(s.P * s.Q * s.K);
     kernel.steps().sum_images(b, b.grad_bias != nullptr ? none : that_do_not_see_the_frame(s, b.images.frame),
                               total.get());
   }

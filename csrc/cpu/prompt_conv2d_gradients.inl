@@ -54,7 +54,7 @@ void add_products(const FrameGradient& step, const Cell* grad, const std::vector
   const ConvShape& s = step.call.shape;
   const int64_t pitch = step.words * (4 / sizeof(Cell)), skip = 3 * s.stride_w;
   // Outputs whose sums do not meet: to read what has just been written in part takes long.
-  const int64_t apart = (kFloats + skip - 1) / skip;
+  const int64_t apart = ceil_div(kFloats, skip);
   int64_t pixel[kBlockPixels];
   for (int64_t run = 0; run < step.runs; ++run)
     for (int64_t part = 0; part < step.parts; ++part) {
@@ -111,7 +111,7 @@ void frame_gradient(const FrameGradient& step) {
   // Outputs that see the frame's left side, and from where on its right one.
   const int64_t left = frame == 0 ? 0 : std::min((frame - 1 + s.pad_w) / s.stride_w + 1, s.Q);
   const int64_t unseen = std::max<int64_t>(s.W - frame + s.pad_w - (s.S - 1) * s.dilation_w, 0);
-  const int64_t right = frame == 0 ? s.Q : std::clamp((unseen + s.stride_w - 1) / s.stride_w, left, s.Q);
+  const int64_t right = frame == 0 ? s.Q : std::clamp(ceil_div(unseen, s.stride_w), left, s.Q);
   // With the columns of zeros on either side, and room for whole vectors.
   const int64_t row_floats = (s.W + 2 * s.pad_w) * 3 + 2 * kLanes;
   const int64_t sum_floats = s.Q * 2 * kLanes, row_cells = s.Q * pitch;
@@ -209,7 +209,7 @@ void add_tile(const WeightGradient& step, const X* grad, const OutputArea& area,
   // Neighbouring taps of a row are one run of cells.
   const bool is_run = step.w.distance == 1;
   const int64_t runs = is_run ? 1 : s.S, cells = is_run ? 3 * s.S : 3;
-  const int64_t shares = (cells + kBlockPixels - 1) / kBlockPixels;
+  const int64_t shares = ceil_div(cells, kBlockPixels);
   const float* const first_word = reinterpret_cast<const float*>(x);
   for (int64_t r = 0; r < s.R; ++r)
     for (int64_t run = 0; run < runs; ++run)

@@ -8,7 +8,7 @@ TapBlocks tap_blocks(const ConvShape& s, const void* weight, DType dtype, int64_
   TapBlocks blocks;
   blocks.rows = rows;
   blocks.dtype = dtype;
-  const int64_t bytes = y_bytes(dtype), taps = s.R * s.S;
+  const int64_t bytes = bytes_of(dtype), taps = s.R * s.S;
   const char* const from = static_cast<const char*>(weight);
   std::vector<char> block(rows * 3 * bytes);
   // A masked negative weight is a negative zero: only the sign, which is in an element's last byte, may be set.

@@ -9,8 +9,6 @@
 
 namespace vpns {
 
-inline int64_t y_bytes(DType dtype) { return dtype == DType::kBF16 ? 2 : 4; }
-
 // The weight [K, 3, R, S] as blocks of `rows` filters by three colours: taps that a mask emptied are left out.
 struct TapBlocks {
   std::vector<char> values;

@@ -34,6 +34,9 @@ inline float weight_at(const SparseWeights& weights, int64_t i) {
   return static_cast<const float*>(weights.values)[i];
 }
 
+// So many values are put in order by several threads.
+constexpr int64_t kLeastSharedValues = 16 * 1024;
+
 void add_depthwise_kernels(std::vector<SparseConvKernel>& table);
 void add_grouped_kernels(std::vector<SparseConvKernel>& table);
 void add_amx_kernels(std::vector<SparseConvKernel>& table);

@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 
+#include "arithmetic.h"
 #include "cpu/sparse_conv2d.h"
 
 namespace vpns {
@@ -12,7 +13,7 @@ namespace {
 
 AmxPlan plan_blocks(const ConvShape& s, const SparseWeights& weights, bool images_in_lanes) {
   const int64_t channels = s.C / s.groups, filters = s.K / s.groups, taps = s.R * s.S;
-  const int64_t group_channels = ceil_div(channels, weights.bc) * weights.bc;
+  const int64_t group_channels = round_up(channels, weights.bc);
   const int64_t lanes = images_in_lanes ? kTileRows : 1, pixel_bytes = s.groups * group_channels * 2 * lanes;
   int64_t tile_p = s.P, tile_q = s.Q;
   const auto bytes = [&] { return Planes(s, tile_p, tile_q).pixels() * pixel_bytes; };

@@ -202,12 +202,12 @@ void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& st
   // Equal shares of pixels, so that no share has too few sums to hide the latency of the additions.
   const bool in_registers = strip.vectors > 0;
   const int64_t most = in_registers ? kStripPixels[strip.vectors] : kBlockStream;
-  const int64_t shares = (pixels.count + most - 1) / most;
+  const int64_t shares = ceil_div(pixels.count, most);
   const bool is_whole = in_registers && strip.span == strip.vectors * kLanes && strip.count == strip.span;
   const bool streams = streams_outputs(plan, call);
   for (int64_t share = 0, begin = 0; share < shares; ++share) {
     const int64_t end = in_registers ? pixels.count * (share + 1) / shares : std::min(begin + most, pixels.count);
-    const int64_t size = end - begin, whole = (size + kBlockAbreast - 1) / kBlockAbreast * kBlockAbreast;
+    const int64_t size = end - begin, whole = round_up(size, kBlockAbreast);
     for (int64_t i = 0; i < strip.groups; ++i) {
       const BlockGroup& group = groups[i];
       const BlockTile tile{x,
@@ -238,8 +238,8 @@ void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, co
   const ForOutputs& outputs = pick_outputs<Cell>(call);
   const int64_t tile_n = ceil_div(call.batch(s), cut.groups), tile_p = ceil_div(call.row_count(s), cut.tiles_p);
   const int64_t pixel_cells = s.groups * plan.group_cells, image_cells = plan.h.extent(tile_p) * plan.cols * pixel_cells;
-  const int64_t pixel_room = (tile_n * tile_p * plan.tile_q + kBlockAbreast + 15) / 16 * 16;
-  const int64_t plane_floats = in_place ? 0 : (tile_n * image_cells * plan.cell_bytes + 255) / 256 * 64;
+  const int64_t pixel_room = round_up(tile_n * tile_p * plan.tile_q + kBlockAbreast, 16);
+  const int64_t plane_floats = in_place ? 0 : ceil_div(tile_n * image_cells * plan.cell_bytes, 256) * 64;
   TaskQueue tasks(cut.whole, cut.count() - cut.whole, call.threads);
 #pragma omp parallel num_threads(call.threads)
   {

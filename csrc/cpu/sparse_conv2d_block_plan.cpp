@@ -3,6 +3,7 @@
 #include <bit>
 #include <numeric>
 
+#include "arithmetic.h"
 #include "cpu/planes.h"
 #include "cpu/sparse_conv2d.h"
 #include "cpu/sparse_conv2d_block.h"
@@ -27,8 +28,8 @@ float as_float(float value) { return value; }
 float as_float(Bf16 value) { return bf16_to_float(value.bits); }
 float as_float(Fp16 value) { return fp16_to_float(value.bits); }
 
-// Words from which on starting the threads pays.
-constexpr int64_t kLeastShared = 64 * 1024;
+// So many words of weights are put in order by several threads.
+constexpr int64_t kLeastSharedWords = 64 * 1024;
 
 // What the stores of a strip cost, in words of weights for each of its vectors.
 constexpr int64_t kStripCost = 16;
@@ -152,8 +153,8 @@ class Planner {
       sources.push_back(kNoWeight);
       cells = 2;
     }
-    const bool odd = cells % 2 != 0, fits = (cells + 1) / 2 <= most_words(strip);
-    begin_run(strip, offset, fits ? (cells + 1) / 2 : cells / 2);
+    const bool odd = cells % 2 != 0, fits = ceil_div(cells, 2) <= most_words(strip);
+    begin_run(strip, offset, fits ? ceil_div(cells, 2) : cells / 2);
     for (int64_t i = 0; i + 1 < cells; i += 2)
       add_word(strip, sources[i], sources[i + 1], 1.0f, odd && i + 3 == cells ? 0.5f : 1.0f);
     if (!odd) return;
@@ -187,7 +188,7 @@ class Planner {
     plan_.weights.resize(weights_size_);
     const Value* const values = static_cast<const Value*>(weights_.values);
     const int64_t count = static_cast<int64_t>(fills_.size());
-#pragma omp parallel for num_threads(weights_.threads) schedule(dynamic, 1) if (weights_size_ > kLeastShared)
+#pragma omp parallel for num_threads(weights_.threads) schedule(dynamic, 1) if (weights_size_ > kLeastSharedWords)
     for (int64_t i = 0; i < count; ++i) {
       const Fill& strip = fills_[i];
       const int64_t end = i + 1 < count ? fills_[i + 1].first_word : static_cast<int64_t>(words_.size());

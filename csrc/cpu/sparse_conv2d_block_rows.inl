@@ -24,8 +24,8 @@ void load_rows(const BlockPlan& plan, const ConvCall& call, int64_t n, int64_t p
   const ConvShape& s = plan.shape;
   const int64_t channels = s.C / s.groups, pixel_cells = s.groups * plan.group_cells, cols = plan.cols;
   const int64_t w0 = q0 * s.stride_w - s.pad_w, skip = plan.w.skip;
-  const int64_t left = std::min(cols, w0 < 0 ? (-w0 + skip - 1) / skip : 0);
-  const int64_t right = std::clamp(s.W > w0 ? (s.W - w0 + skip - 1) / skip : 0, left, cols);
+  const int64_t left = std::min(cols, w0 < 0 ? ceil_div(-w0, skip) : 0);
+  const int64_t right = std::clamp(s.W > w0 ? ceil_div(s.W - w0, skip) : 0, left, cols);
   const bool gathers = !plan.gather.empty();
   const bool side_by_side = !gathers && pixel_cells == s.C && skip == 1 && call.x_stride_w == s.C;
   for (int64_t row = 0; row < rows; ++row) {
@@ -56,8 +56,7 @@ void load_rows(const BlockPlan& plan, const ConvCall& call, int64_t n, int64_t p
 
 inline bool streams_outputs(const BlockPlan& plan, const ConvCall& call) {
   const ConvShape& s = plan.shape;
-  const int64_t bytes = call.y_dtype == DType::kF32 ? 4 : 2;
-  return call.batch(s) * call.row_count(s) * s.Q * s.K * bytes >= kStreamedBytes;
+  return call.batch(s) * call.row_count(s) * s.Q * s.K * bytes_of(call.y_dtype) >= kStreamedBytes;
 }
 
 // The sums [pixels][lanes of the strip] of a strip, each pixel's to the output pixel `target` says.

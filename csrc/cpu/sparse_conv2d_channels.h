@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/planes.h"
+#include "arithmetic.h"
 #include "params.h"
 
 namespace vpns {

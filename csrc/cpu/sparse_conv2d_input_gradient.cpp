@@ -8,6 +8,7 @@
 #include <memory>
 #include <utility>
 
+#include "arithmetic.h"
 #include "cpu/input_gradient.h"
 #include "cpu/transposed_weights.h"
 
@@ -15,7 +16,7 @@ namespace vpns {
 namespace {
 
 AxisClass axis_class(int64_t remainder, int64_t input, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
-  AxisClass axis{remainder, remainder < input ? (input - remainder + stride - 1) / stride : 0, 0, 1, {}};
+  AxisClass axis{remainder, remainder < input ? ceil_div(input - remainder, stride) : 0, 0, 1, {}};
   // Forward taps in falling order read dy in rising order.
   for (int64_t r = taps - 1; r >= 0; --r)
     if ((remainder + pad - r * dilation) % stride == 0) axis.tap.push_back(r);
@@ -23,10 +24,6 @@ AxisClass axis_class(int64_t remainder, int64_t input, int64_t taps, int64_t str
   axis.pad = -(remainder + pad - axis.tap[0] * dilation) / stride;
   if (axis.tap.size() > 1) axis.dilation = (axis.tap[0] - axis.tap[1]) * dilation / stride;
   return axis;
-}
-
-int64_t element_bytes(DType dtype) {
-  return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2;
 }
 
 class PreparedInputGradient final : public PreparedConv {
@@ -74,7 +71,7 @@ class PreparedInputGradient final : public PreparedConv {
       own.y_stride_n = shape_.H * row;
       own.y_stride_h = shape_.stride_h * row;
       own.y_stride_w = shape_.stride_w * shape_.C;
-      own.y = static_cast<char*>(call.y) + (part.row * row + part.column * shape_.C) * element_bytes(call.y_dtype);
+      own.y = static_cast<char*>(call.y) + (part.row * row + part.column * shape_.C) * bytes_of(call.y_dtype);
       part.conv->run(own);
     }
   }

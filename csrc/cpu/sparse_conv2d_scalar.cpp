@@ -1,6 +1,7 @@
 // The plain loop over kept weights, for every CPU and every type: the kernels' own reference, so its sums are double.
 #include <algorithm>
 
+#include "arithmetic.h"
 #include "cpu/sparse_conv2d.h"
 
 namespace vpns {
@@ -33,7 +34,7 @@ class PreparedScalar final : public PreparedConv {
  public:
   PreparedScalar(const ConvShape& s, const SparseWeights& w) : shape_(s), starts_(s.K + 1, 0) {
     const int64_t filters = s.K / s.groups, channels = s.C / s.groups, taps = s.R * s.S;
-    const int64_t rows_per_group = w.format == Format::kBlock ? (filters + w.bk - 1) / w.bk : filters;
+    const int64_t rows_per_group = w.format == Format::kBlock ? ceil_div(filters, w.bk) : filters;
     for (int64_t g = 0; g < s.groups; ++g)
       for (int64_t k = 0; k < filters; ++k) {
         if (w.format == Format::kChannel) {

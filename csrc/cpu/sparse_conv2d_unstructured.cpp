@@ -27,8 +27,8 @@ class PreparedUnstructured final : public PreparedConv {
     for (const UnstructuredPart& part : *parts_) {
       const int32_t* const from = part.plan.from.data();
       const int64_t count = static_cast<int64_t>(part.plan.from.size());
-      float* const to = weights_.emplace_back(new float[count]).get();
-#pragma omp parallel for num_threads(threads) if (threads > 1 && count > kLeastShared)
+      float* const to = weights_.emplace_back(std::make_unique_for_overwrite<float[]>(count)).get();
+#pragma omp parallel for num_threads(threads) if (threads > 1 && count > kLeastSharedValues)
       for (int64_t i = 0; i < count; ++i) to[i] = weight_at(weights, from[i]);
     }
   }
@@ -44,8 +44,6 @@ class PreparedUnstructured final : public PreparedConv {
   }
 
  private:
-  // So many values are put in order by several threads.
-  static constexpr int64_t kLeastShared = 16 * 1024;
   Parts parts_;
   std::vector<std::unique_ptr<float[]>> weights_;
   RunUnstructured run_;

@@ -3,6 +3,7 @@
 #include <limits>
 #include <utility>
 
+#include "arithmetic.h"
 #include "cpu/isa.h"
 #include "cpu/sparse_conv2d_unstructured.h"
 

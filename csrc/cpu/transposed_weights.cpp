@@ -1,18 +1,19 @@
 #include "cpu/transposed_weights.h"
 
 #include <cstddef>
+#include <memory>
 #include <numeric>
+
+#include "arithmetic.h"
+#include "cpu/sparse_conv2d.h"
 
 namespace vpns {
 namespace {
 
-// So many values are worth several threads.
-constexpr int64_t kLeastShared = 16 * 1024;
-
 template <typename T>
 void fill_units(const std::vector<int32_t>& from, int64_t bk, int64_t bc, const T* forward, T* to, int threads) {
   const int64_t count = static_cast<int64_t>(from.size()), unit = bk * bc;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && count * unit > kLeastShared)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && count * unit > kLeastSharedValues)
   for (int64_t i = 0; i < count; ++i)
     for (int64_t c = 0; c < bc; ++c)
       for (int64_t k = 0; k < bk; ++k) to[i * unit + c * bk + k] = forward[from[i] * unit + k * bc + c];
@@ -46,7 +47,7 @@ void TransposedWeights::list_channels(const ConvShape& s, const SparseWeights& w
 void TransposedWeights::list_entries(const ConvShape& s, const SparseWeights& w, const std::vector<int64_t>& taps_h,
                                      const std::vector<int64_t>& taps_w) {
   const int64_t taps = s.R * s.S, own_taps = static_cast<int64_t>(taps_h.size() * taps_w.size());
-  const int64_t rows_per_group = (s.K / s.groups + w.bk - 1) / w.bk, columns_per_group = (s.C / s.groups + w.bc - 1) / w.bc;
+  const int64_t rows_per_group = ceil_div(s.K / s.groups, w.bk), columns_per_group = ceil_div(s.C / s.groups, w.bc);
   std::vector<int32_t> own_tap(taps, -1), tap_of(columns_per_group * taps), channel_of(columns_per_group * taps);
   for (std::size_t i = 0; i < taps_h.size(); ++i)
     for (std::size_t j = 0; j < taps_w.size(); ++j)
@@ -83,9 +84,9 @@ void TransposedWeights::list_entries(const ConvShape& s, const SparseWeights& w,
 }
 
 void TransposedWeights::fill(const SparseWeights& forward, OwnedWeights& to, int threads) const {
-  const int64_t bytes = forward.dtype == DType::kF64 ? 8 : forward.dtype == DType::kF32 ? 4 : 2;
+  const int64_t bytes = bytes_of(forward.dtype);
   const int64_t total = count_ * bk_ * bc_ * bytes;
-  to.values.reset(from_.empty() ? new char[total]() : new char[total]);
+  to.values = from_.empty() ? std::make_unique<char[]>(total) : std::make_unique_for_overwrite<char[]>(total);
   const auto fill_as = [&](auto element) {
     using T = decltype(element);
     fill_units(from_, bk_, bc_, static_cast<const T*>(forward.values), reinterpret_cast<T*>(to.values.get()), threads);

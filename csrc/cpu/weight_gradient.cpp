@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "arithmetic.h"
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/planes.h"
@@ -120,7 +121,7 @@ BlockGradPlan make_plan(const ConvShape& s, const SparseWeights& layout, const G
   plan.w = make_block_axis(s.S, s.stride_w, s.dilation_w);
   plan.bk = bk;
   plan.bc = bc;
-  plan.padded_bk = ceil_div(bk, kernel.lanes) * kernel.lanes;
+  plan.padded_bk = round_up(bk, kernel.lanes);
   plan.chunk_channels = std::min(bc, channels);
   plan.chunks_per_group = ceil_div(channels, bc);
   plan.rows_per_group = ceil_div(filters, bk);

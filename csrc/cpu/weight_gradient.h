@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "arithmetic.h"
 #include "cpu/masked_weight.h"
 #include "cpu/sparse_conv2d_block.h"
 #include "params.h"
@@ -66,7 +67,7 @@ struct BlockGradPlan {
   }
   int64_t lines(int64_t units, int64_t height, int64_t width) const {
     const int64_t extent = over_images ? units : width;
-    return (extent + line - 1) / line * height * (over_images ? width : units);
+    return ceil_div(extent, line) * height * (over_images ? width : units);
   }
 };
 

@@ -51,8 +51,8 @@ void load_input_row(const BlockGradPlan& plan, const WeightGradCall& call, const
   const ConvShape& s = plan.shape;
   const int64_t n = tile.n0 + unit * plan.images, cols = plan.cols, skip = plan.w.skip, width = plan.chunk_channels;
   const int64_t h = tile.p0 * s.stride_h - s.pad_h + row * plan.h.skip, w0 = tile.q0 * s.stride_w - s.pad_w;
-  const int64_t left = std::min(cols, w0 < 0 ? (-w0 + skip - 1) / skip : 0);
-  const int64_t right = std::clamp(s.W > w0 ? (s.W - w0 + skip - 1) / skip : 0, left, cols);
+  const int64_t left = std::min(cols, w0 < 0 ? ceil_div(-w0, skip) : 0);
+  const int64_t right = std::clamp(s.W > w0 ? ceil_div(s.W - w0, skip) : 0, left, cols);
   const bool inside = h >= 0 && h < s.H;
   const X* const first = static_cast<const X*>(call.x) + n * call.x_stride_n + h * call.x_stride_h + (w0 + left * skip) * call.x_stride_w;
   const X* const second = plan.images == 2 && n + 1 < s.N ? first + call.x_stride_n : nullptr;
@@ -126,10 +126,10 @@ template <typename Products, typename X>
 class BlockGradRun {
  public:
   BlockGradRun(const BlockGradPlan& plan, const WeightGradCall& call) : plan_(plan), call_(call), s_(plan.shape) {
-    units_ = (s_.N + plan.images - 1) / plan.images;
-    tiles_p_ = (s_.P + plan.tile_p - 1) / plan.tile_p;
-    tiles_q_ = (s_.Q + plan.tile_q - 1) / plan.tile_q;
-    tiles_ = (units_ + plan.tile_units - 1) / plan.tile_units * tiles_p_ * tiles_q_;
+    units_ = ceil_div(s_.N, plan.images);
+    tiles_p_ = ceil_div(s_.P, plan.tile_p);
+    tiles_q_ = ceil_div(s_.Q, plan.tile_q);
+    tiles_ = ceil_div(units_, plan.tile_units) * tiles_p_ * tiles_q_;
     singles_ = call.scores != nullptr;
     sums_blocks_ = call.weight != nullptr && !singles_;
     blocks_ = static_cast<int64_t>(plan.blocks.size());
@@ -205,7 +205,7 @@ class BlockGradRun {
     bool adds;       // the slice has sums already
   };
 
-  static int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+  static int64_t whole_lines(int64_t floats) { return round_up(floats, 16); }
 
   GradRange range(int64_t number) const {
     const int64_t u0 = number / (tiles_p_ * tiles_q_) * plan_.tile_units;

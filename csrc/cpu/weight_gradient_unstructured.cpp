@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "arithmetic.h"
 #include "checks.h"
 #include "cpu/isa.h"
 

@@ -77,7 +77,7 @@ struct VectorProducts {
   void multiply_span(const BlockGradPlan::Span& span, GradTile tile) const {
     const float *x = tile.x, *grad = tile.grad;
     float* sums = tile.sums;
-    const int64_t shares = (span.words + kBlockPixels - 1) / kBlockPixels;
+    const int64_t shares = ceil_div(span.words, kBlockPixels);
     for (int64_t k = 0; k < plan.padded_bk; k += 2 * kLanes) {
       const auto& table = plan.padded_bk - k > kLanes ? kOuter<Cell, 2> : kOuter<Cell, 1>;
       for (int64_t share = 0; share < shares; ++share) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "arithmetic.h"
+
 namespace vpns {
 namespace {
 
@@ -39,7 +41,7 @@ std::vector<Life> find_lives(const Plan& plan, const std::vector<StripGroup>& gr
 
 MemoryPlan plan_memory(const Plan& plan, const std::vector<StripGroup>& groups) {
   const std::vector<Life> lives = find_lives(plan, groups);
-  const auto size = [&](size_t value) { return (plan.values[value].bytes() + 63) / 64 * 64; };
+  const auto size = [&](size_t value) { return round_up(plan.values[value].bytes(), 64); };
   std::vector<size_t> order(plan.values.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return size(a) > size(b); });

@@ -10,6 +10,7 @@
 #include <exception>
 #include <new>
 
+#include "arithmetic.h"
 #include "checks.h"
 #include "cpu/elementwise.h"
 #include "cpu/pooling.h"
@@ -24,10 +25,8 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-int64_t element_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
-
 void* at(const ImageTensor& tensor, int64_t image) {
-  return static_cast<char*>(tensor.data) + image * tensor.stride_n * element_bytes(tensor.dtype);
+  return static_cast<char*>(tensor.data) + image * tensor.stride_n * bytes_of(tensor.dtype);
 }
 
 }  // namespace
@@ -43,7 +42,7 @@ char* ExecutionContext::arena(int64_t thread, int64_t bytes) {
   if (bytes > own.bytes) {
     own.memory.reset();
     own.bytes = 0;
-    own.memory.reset(static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096)));
+    own.memory.reset(static_cast<char*>(std::aligned_alloc(4096, round_up(bytes, 4096))));
     if (!own.memory) throw std::bad_alloc();
     own.bytes = bytes;
   }
@@ -203,7 +202,7 @@ void Network::run_pass(const Pass& pass) const {
     }
     const double begin = pass.seconds == nullptr ? 0.0 : now();
     const PlanStep& s = plan_.steps[step];
-    char* const y = pass.at(s.output) + s.first_channel * element_bytes(plan_.values[s.output].dtype);
+    char* const y = pass.at(s.output) + s.first_channel * bytes_of(plan_.values[s.output].dtype);
     run_step({pass.at(s.x), pass.at(s.residual), y, pass.images, pass.threads}, step);
     if (pass.seconds != nullptr) pass.seconds[step] += now() - begin;
   }
@@ -227,7 +226,7 @@ void Network::run_strips(const Pass& pass, const StripGroup& group) const {
           if (value == kNoValue) return nullptr;
           return (group.has_window[value] ? windows : pass.at(value) + image * plan_.values[value].bytes()) + place;
         };
-        char* const y = at(step.output, work.output) + step.first_channel * element_bytes(plan_.values[step.output].dtype);
+        char* const y = at(step.output, work.output) + step.first_channel * bytes_of(plan_.values[step.output].dtype);
         run_step({at(step.x, work.x), at(step.residual, work.residual), y, 1, 1, work.first_row, work.rows}, work.step);
         if (pass.seconds != nullptr) pass.seconds[work.step] += now() - begin;
       }
@@ -283,7 +282,7 @@ void Network::run_op(const Work& work, size_t index) const {
     }
     case PlanOp::kAdd:
     case PlanOp::kCopy:
-      return add_act({in.dtype, x + step.read_channel * element_bytes(in.dtype), residual, y, pixels, step.shape.K,
+      return add_act({in.dtype, x + step.read_channel * bytes_of(in.dtype), residual, y, pixels, step.shape.K,
                       in.channels, out.channels, step.act, work.threads});
     case PlanOp::kGate: {
       const PlanValue& gate = plan_.values[step.residual];

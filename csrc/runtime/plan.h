@@ -18,7 +18,7 @@ struct PlanValue {
   DType dtype;
 
   int64_t elements() const { return channels * height * width; }
-  int64_t bytes() const { return elements() * (dtype == DType::kF32 ? 4 : 2); }
+  int64_t bytes() const { return elements() * bytes_of(dtype); }
 };
 
 enum class PlanOp : uint32_t {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "arithmetic.h"
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "runtime/framed.h"
@@ -177,7 +178,7 @@ class Reader {
         check(count < kSizeLimit, kMe, "tensors of fewer than 2^31 entries", count);
       }
       const int64_t item = tensor.dtype == kFloat64 ? 8 : tensor.dtype == kFloat32 || tensor.dtype == kInt32 ? 4 : 2;
-      place = (place + kAlignment - 1) / kAlignment * kAlignment;
+      place = round_up(place, kAlignment);
       check(number<uint64_t>(at + 48) == static_cast<uint64_t>(place), kMe, "tensors without gaps", place);
       check(number<uint64_t>(at + 56) == static_cast<uint64_t>(count * item), kMe, "a size that fits its shape", count);
       check(count * item <= size_ - place, kMe, "tensors within the file", place);
@@ -259,7 +260,7 @@ class Reader {
     if (is_window) {
       const auto fits = [](int64_t in, int64_t pad, int64_t reach, int64_t stride, int64_t out) {
         const int64_t room = in + 2 * pad - reach;
-        return room >= 0 && (out == room / stride + 1 || out == (room + stride - 1) / stride + 1);
+        return room >= 0 && (out == room / stride + 1 || out == ceil_div(room, stride) + 1);
       };
       const int64_t reach_h = s.dilation_h * (s.R - 1) + 1, reach_w = s.dilation_w * (s.S - 1) + 1;
       check(fits(s.H, s.pad_h, reach_h, s.stride_h, s.P) && fits(s.W, s.pad_w, reach_w, s.stride_w, s.Q), kMe,
@@ -316,7 +317,7 @@ class Reader {
       check(first.count() == w.count && second.count() == w.columns && values.shape[2] == s.R && values.shape[3] == s.S,
             kMe, "lists of its kept channels", step.name);
     } else {
-      const int64_t rows = s.groups * ((s.K / s.groups + w.bk - 1) / w.bk);
+      const int64_t rows = s.groups * ceil_div(s.K / s.groups, w.bk);
       check(first.count() == rows + 1 && second.count() == w.count, kMe, "an index of its rows", step.name);
       for (int part = 0; part < 3; ++part) take();  // the transposed index serves training
     }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "arithmetic.h"
 #include "checks.h"
 #include "cpu/planes.h"
 
@@ -162,7 +163,7 @@ StripGroup make_strip_group(const Plan& plan, StepSpan steps, int64_t cache_byte
   for (size_t value = 0; value < window.size(); ++value) {
     if (!group.has_window[value]) continue;
     window[value] = group.window_bytes;
-    group.window_bytes += (most_rows(schedule, value) * scheduler.row_bytes(value) + 63) / 64 * 64;
+    group.window_bytes += round_up(most_rows(schedule, value) * scheduler.row_bytes(value), 64);
   }
   std::vector<int64_t> first(plan.values.size(), 0), end(plan.values.size(), 0);  // rows in the windows
   for (size_t k = 0; k < schedule.begin.size(); ++k) {

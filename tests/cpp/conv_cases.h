@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "arithmetic.h"
 #include "chance.h"
 #include "guarded.h"
 #include "params.h"
@@ -181,8 +182,8 @@ inline Layer make_channel_layer(const Case& c) {
 inline Layer make_indexed_layer(const Case& c) {
   const ConvShape& s = c.s;
   const int64_t filters = s.K / s.groups, channels = s.C / s.groups, taps = s.R * s.S;
-  const int64_t rows_per_group = (filters + c.bk - 1) / c.bk, rows = s.groups * rows_per_group;
-  const int64_t columns = (channels + c.bc - 1) / c.bc * taps;
+  const int64_t rows_per_group = vpns::ceil_div(filters, c.bk), rows = s.groups * rows_per_group;
+  const int64_t columns = vpns::ceil_div(channels, c.bc) * taps;
   const int64_t one = std::uniform_int_distribution<int64_t>(0, rows * columns - 1)(generator);
   const auto is_kept = [&](int64_t row, int64_t column) {
     if (c.spread == Spread::kNone) return false;

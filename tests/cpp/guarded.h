@@ -12,13 +12,14 @@
 #include <cstring>
 #include <utility>
 
+#include "arithmetic.h"
 #include "params.h"
 
 class Guarded {
  public:
   // The data touches the page after it (at_back) or the page before it.
   Guarded(size_t bytes, bool at_back) : bytes_(bytes), page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
-    room_ = (bytes + page_ - 1) / page_ * page_;
+    room_ = static_cast<size_t>(vpns::round_up(bytes, page_));
     void* all = mmap(nullptr, room_ + 2 * page_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (all == MAP_FAILED) std::perror("mmap"), std::exit(2);
     room_begin_ = static_cast<unsigned char*>(all) + page_;
@@ -62,7 +63,7 @@ class Guarded {
 class GuardedArray {
  public:
   GuardedArray(vpns::DType type, int64_t count, bool at_back)
-      : type_(type), count_(count), memory_(static_cast<size_t>(count) * element_bytes(type), at_back) {}
+      : type_(type), count_(count), memory_(static_cast<size_t>(count * vpns::bytes_of(type)), at_back) {}
 
   vpns::DType type() const { return type_; }
   int64_t count() const { return count_; }
@@ -90,9 +91,6 @@ class GuardedArray {
   }
 
  private:
-  static size_t element_bytes(vpns::DType type) {
-    return type == vpns::DType::kF64 ? 8 : type == vpns::DType::kF32 ? 4 : 2;
-  }
   static uint16_t to_bf16(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "arithmetic.h"
 #include "chance.h"
 #include "cpu/prompt_conv2d.h"
 #include "guarded.h"
@@ -28,8 +29,8 @@ class PromptCheck {
     if (released_) frame_ = std::min(frame_, (std::min(h, w) - 1) / 2);
     const int64_t ring = released_ ? 0 : frame_;
     s_.H = h + 2 * ring, s_.W = w + 2 * ring;
-    s_.pad_h = std::max(s_.pad_h, ((s_.R - 1) * s_.dilation_h + 1 - s_.H + 1) / 2);
-    s_.pad_w = std::max(s_.pad_w, ((s_.S - 1) * s_.dilation_w + 1 - s_.W + 1) / 2);
+    s_.pad_h = std::max(s_.pad_h, vpns::ceil_div((s_.R - 1) * s_.dilation_h + 1 - s_.H, 2));
+    s_.pad_w = std::max(s_.pad_w, vpns::ceil_div((s_.S - 1) * s_.dilation_w + 1 - s_.W, 2));
     s_.P = (s_.H + 2 * s_.pad_h - (s_.R - 1) * s_.dilation_h - 1) / s_.stride_h + 1;
     s_.Q = (s_.W + 2 * s_.pad_w - (s_.S - 1) * s_.dilation_w - 1) / s_.stride_w + 1;
     at_back_ = one_in(2);
