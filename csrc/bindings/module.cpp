@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/multiply_rate.h"
+#include "cpu/select_threshold.h"
 
 namespace py = pybind11;
 

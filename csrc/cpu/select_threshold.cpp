@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
+#include "cpu/select_threshold.h"
 
 namespace vpns {
 namespace {

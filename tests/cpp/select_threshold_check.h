@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "chance.h"
-#include "cpu/kernels.h"
+#include "cpu/select_threshold.h"
 
 // Tensors of any length with ties, infinities and (rarely) NaN.
 inline bool select_threshold_is_right() {
