@@ -119,6 +119,53 @@ void find_targets(const AmxPlan& plan, const ConvCall& call, int64_t n, const Am
   }
 }
 
+// Where the planes have the first row of a group.
+const uint16_t* group_base(const AmxPlan& plan, const uint16_t* planes, int64_t group) {
+  const int64_t tile_q = plan.planes.tile_q;
+  const int64_t first = plan.images_in_lanes ? group / tile_q * plan.planes.cols + group % tile_q : group;
+  return planes + first * kTileRows * plan.shape.groups * plan.group_channels;
+}
+
+// sums[0] = Σ x · w over all blocks of a row, for 32 of its output channels from k on, or 16. Groups of blocks have sums
+// of their own, which pass through sums[1]. x: the bases of two groups of 16 rows; the second is null where it is none.
+void multiply_blocks(const AmxPlan& plan, int64_t row, int64_t k, bool two_columns, const uint16_t* const (&x)[2],
+                     float (&sums)[2][32 * 32]) {
+  const int64_t first_block = plan.starts[row], blocks = plan.starts[row + 1] - first_block;
+  const int64_t group_blocks = std::max<int64_t>(kAmxSumTerms / plan.bc, 1), block_elements = plan.bk * plan.bc;
+  const bool two_rows = x[1] != nullptr;
+  AmxTile product{{x[0], x[1]},
+                  plan.shape.groups * plan.group_channels * 2,
+                  plan.offsets.data() + first_block,
+                  plan.weights.data() + first_block * block_elements + k * plan.bc,
+                  std::min(blocks, group_blocks),
+                  block_elements,
+                  plan.bc * 16,
+                  plan.bc / plan.step,
+                  plan.step,
+                  sums[0]};
+  multiply_some(product, two_rows, two_columns);
+  for (int64_t done = group_blocks; done < blocks; done += group_blocks) {
+    product.offsets += group_blocks;
+    product.weights += group_blocks * block_elements;
+    product.blocks = std::min(blocks - done, group_blocks);
+    product.sums = sums[1];
+    multiply_some(product, two_rows, two_columns);
+    for (int64_t i = 0; i < (two_rows ? 32 : 16) * 32; ++i) sums[0][i] += sums[1][i];
+  }
+}
+
+// Rows of 32 sums to the output pixels that `target` says.
+template <typename Y>
+void store_rows(const AmxPlan& plan, const Output<Y>& out, const OutputSpan& span, const float* bias, const float* sums,
+                const int64_t* target, int64_t rows, bool streams) {
+  for (int64_t i = 0; i < rows; ++i) {
+    if (target[i] < 0) continue;
+    const int64_t at = target[i] + span.k0;
+    if (span.span == span.count) finish_outputs(out, at, sums + i * 32, bias, span.count, streams);
+    else scatter_outputs(out, at, sums + i * 32, bias, span.span, plan.keeps.data() + span.first_mask);
+  }
+}
+
 template <typename Y>
 void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_image, int64_t images) {
   const ConvShape& s = plan.shape;
@@ -143,7 +190,6 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
     int64_t* target = reinterpret_cast<int64_t*>(memory);
     uint16_t* x = reinterpret_cast<uint16_t*>(memory + groups * kTileRows * 2);
     alignas(64) float sums[2][32 * 32];
-    const int64_t group_blocks = std::max<int64_t>(kAmxSumTerms / plan.bc, 1);
     configure_tiles(plan.step);
     PhaseClock clock(call);
 #pragma omp for schedule(dynamic, 1) nowait
@@ -156,51 +202,21 @@ void run_amx_typed(const AmxPlan& plan, const ConvCall& call, int64_t first_imag
       for (int64_t group = 0; group < groups; ++group)
         find_targets(plan, call, n, outputs, group, target + group * kTileRows);
       clock.ends(kLayout);
-      for (int64_t row = block_rows * part / parts; row < block_rows * (part + 1) / parts; ++row) {
-        const int64_t first_block = plan.starts[row], blocks = plan.starts[row + 1] - first_block;
-        const int64_t column_elements = plan.bc * 16, block_elements = plan.bk * plan.bc;
+      for (int64_t row = block_rows * part / parts; row < block_rows * (part + 1) / parts; ++row)
         for (int64_t index = plan.first_span[row]; index < plan.first_span[row + 1]; ++index) {
           const OutputSpan& span = plan.spans[index];
           const int64_t k = 32 * (index - plan.first_span[row]);
           const float* bias = call.bias ? static_cast<const float*>(call.bias) + span.k0 : nullptr;
           for (int64_t group = 0; group < groups; group += 2) {
-            const auto base = [&](int64_t i) {
-              const int64_t pixel = plan.images_in_lanes
-                                        ? (i / planes.tile_q * planes.cols + i % planes.tile_q) * kTileRows
-                                        : i * kTileRows;
-              return x + pixel * pixel_elements;
-            };
             const bool two_rows = group + 1 < groups;
-            AmxTile product{{base(group), two_rows ? base(group + 1) : nullptr},
-                            pixel_elements * 2,
-                            plan.offsets.data() + first_block,
-                            plan.weights.data() + first_block * block_elements + k * plan.bc,
-                            std::min(blocks, group_blocks),
-                            block_elements,
-                            column_elements,
-                            plan.bc / plan.step,
-                            plan.step,
-                            sums[0]};
-            multiply_some(product, two_rows, span.count > 16);
-            for (int64_t done = group_blocks; done < blocks; done += group_blocks) {
-              product.offsets += group_blocks;
-              product.weights += group_blocks * block_elements;
-              product.blocks = std::min(blocks - done, group_blocks);
-              product.sums = sums[1];
-              multiply_some(product, two_rows, span.count > 16);
-              for (int64_t i = 0; i < (two_rows ? 32 : 16) * 32; ++i) sums[0][i] += sums[1][i];
-            }
+            const uint16_t* const base[2] = {group_base(plan, x, group),
+                                             two_rows ? group_base(plan, x, group + 1) : nullptr};
+            multiply_blocks(plan, row, k, span.count > 16, base, sums);
             clock.ends(kProducts);
-            for (int64_t i = 0; i < (two_rows ? 32 : 16); ++i) {
-              if (target[group * kTileRows + i] < 0) continue;
-              const int64_t at = target[group * kTileRows + i] + span.k0;
-              if (span.span == span.count) finish_outputs(out, at, sums[0] + i * 32, bias, span.count, streams);
-              else scatter_outputs(out, at, sums[0] + i * 32, bias, span.span, plan.keeps.data() + span.first_mask);
-            }
+            store_rows(plan, out, span, bias, sums[0], target + group * kTileRows, two_rows ? 32 : 16, streams);
             clock.ends(kStores);
           }
         }
-      }
     }
     end_streams();
     _tile_release();
