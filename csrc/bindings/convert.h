@@ -54,9 +54,12 @@ inline Weights weights(uintptr_t values, const std::string& type, uintptr_t indp
            format == Format::kChannel ? sizes[1] : 0, threads}};
 }
 
+void bind_machine(pybind11::module_& m);
+void bind_select_threshold(pybind11::module_& m);
 void bind_batch_norm_act(pybind11::module_& m);
-void bind_gradients(pybind11::module_& m);
 void bind_prompt_conv2d(pybind11::module_& m);
+void bind_sparse_conv2d(pybind11::module_& m);
+void bind_gradients(pybind11::module_& m);
 void bind_masked(pybind11::module_& m);
 void bind_network(pybind11::module_& m);
 
