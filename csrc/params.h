@@ -35,8 +35,8 @@ struct ConvShape {
 };
 
 // Kept weights in their portable order. Unstructured and block: row k (or block row) holds index[indptr[k]] ...
-// index[indptr[k + 1] - 1], each a flat (c, r, s) (or (block of c, r, s)) inside the group of k. Channel: a smaller dense
-// weight of the `count` output channels in indptr and the `columns` input channels in index.
+// index[indptr[k + 1] - 1], each a flat (c, r, s) (or (block of c, r, s)) inside the group of k. Channel: a smaller
+// dense weight of the `count` output channels in indptr and the `columns` input channels in index.
 struct SparseWeights {
   Format format;
   DType dtype;
@@ -68,8 +68,8 @@ struct ConvCall {
   int64_t y_stride_n = 0, y_stride_h = 0, y_stride_w = 0;
   // Of a kernel that takes any batch (PreparedConv::takes_any_batch): images of this call; -1: those of the shape.
   int64_t images = -1;
-  // Of a kernel that takes any rows (PreparedConv::takes_any_rows): output rows of this call; rows = -1: all. What other
-  // rows would read is not touched, nor what they would write.
+  // Of a kernel that takes any rows (PreparedConv::takes_any_rows): output rows of this call; rows = -1: all. What
+  // other rows would read is not touched, nor what they would write.
   int64_t first_row = 0, rows = -1;
 
   int64_t batch(const ConvShape& s) const { return images < 0 ? s.N : images; }

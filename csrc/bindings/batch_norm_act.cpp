@@ -27,8 +27,8 @@ void bind_batch_norm_act(py::module_& m) {
   m.def(
       "batch_norm_act_backward",
       [](const std::string& type, uintptr_t grad, uintptr_t x, uintptr_t y, uintptr_t grad_x, uintptr_t grad_residual,
-         int64_t pixels, int64_t channels, uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t variance, float eps,
-         uintptr_t grad_weight, uintptr_t grad_bias, const std::string& act, int threads) {
+         int64_t pixels, int64_t channels, uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t variance,
+         float eps, uintptr_t grad_weight, uintptr_t grad_bias, const std::string& act, int threads) {
         const BatchNormBackward call{dtype(type),
                                      pointer<const void>(grad),
                                      pointer<const void>(x),

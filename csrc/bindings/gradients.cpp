@@ -30,8 +30,8 @@ void bind_gradients(py::module_& m) {
             py::gil_scoped_release release;
             self.run(call);
           },
-          py::arg("x"), py::arg("dtype"), py::arg("stride_n"), py::arg("stride_h"), py::arg("stride_w"), py::arg("grad"),
-          py::arg("out"), py::arg("threads"));
+          py::arg("x"), py::arg("dtype"), py::arg("stride_n"), py::arg("stride_h"), py::arg("stride_w"),
+          py::arg("grad"), py::arg("out"), py::arg("threads"));
 
   m.def(
       "sparse_conv2d_prepare_weight_gradient",

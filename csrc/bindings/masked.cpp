@@ -34,7 +34,8 @@ void bind_masked(py::module_& m) {
                                  : prepare_masked(s, w, type, kernel, threads);
       },
       py::arg("shape"), py::arg("weight"), py::arg("x_dtype"), py::arg("is_input_gradient"), py::arg("kernel"),
-      py::arg("threads"), "Packs the kept weights and prepares them; the input gradient runs on the output's gradient.");
+      py::arg("threads"),
+      "Packs the kept weights and prepares them; the input gradient runs on the output's gradient.");
 
   m.def(
       "masked_conv2d_score_gradient",

@@ -39,7 +39,8 @@ void bind_network(py::module_& m) {
       .def_property_readonly("inputs", [](const Network& self) { return self.plan().inputs; }, "Values it takes.")
       .def_property_readonly("outputs", [](const Network& self) { return self.plan().outputs; }, "Values it gives.")
       .def_property_readonly("kernels", &Network::kernels, "Of each step; empty where it has no weights.")
-      .def("set_chunk", &Network::set_chunk, py::arg("chunk"), "Images that a thread takes at a time; not while it runs.")
+      .def("set_chunk", &Network::set_chunk, py::arg("chunk"),
+           "Images that a thread takes at a time; not while it runs.")
       .def(
           "set_strips",
           [](Network& self, const std::vector<std::pair<int64_t, int64_t>>& groups, int64_t cache_bytes) {
@@ -69,8 +70,8 @@ void bind_network(py::module_& m) {
             self.run(context, in, out, images, threads, pointer<double>(seconds));
           },
           py::arg("context"), py::arg("x"), py::arg("y"), py::arg("images"), py::arg("threads"), py::arg("seconds") = 0,
-          "One call; x and y are (address, dtype, strides) of each input and output; `seconds` is 0 or the address of a "
-          "double for each step, to which its time is added.");
+          "One call; x and y are (address, dtype, strides) of each input and output; `seconds` is 0 or the address of "
+          "a double for each step, to which its time is added.");
 }
 
 }  // namespace vpns

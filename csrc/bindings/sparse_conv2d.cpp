@@ -36,10 +36,11 @@ void bind_layers(py::module_& m) {
             py::gil_scoped_release release;
             self.run(call);
           },
-          py::arg("x"), py::arg("x_dtype"), py::arg("stride_n"), py::arg("stride_h"), py::arg("stride_w"),
-          py::arg("y"), py::arg("y_dtype"), py::arg("bias"), py::arg("residual"), py::arg("act"), py::arg("threads"),
+          py::arg("x"), py::arg("x_dtype"), py::arg("stride_n"), py::arg("stride_h"), py::arg("stride_w"), py::arg("y"),
+          py::arg("y_dtype"), py::arg("bias"), py::arg("residual"), py::arg("act"), py::arg("threads"),
           py::arg("phases") = 0,
-          "One call; `phases` is 0 or the address of three doubles to which seconds are added: layout, products, stores.");
+          "One call; `phases` is 0 or the address of three doubles to which seconds are added: "
+          "layout, products, stores.");
 }
 
 void bind_table(py::module_& m) {
@@ -78,7 +79,8 @@ void bind_table(py::module_& m) {
         return choose_sparse_conv2d(kernel, s, w.raw, dtype(x_type)).prepare(s, w.raw);
       },
       py::arg("shape"), py::arg("weights"), py::arg("x_dtype"), py::arg("kernel") = "",
-      "Weights in the order of the chosen kernel; the shape is N C H W K R S P Q, strides, paddings, dilations, groups.");
+      "Weights in the order of the chosen kernel; the shape is N C H W K R S P Q, strides, paddings, "
+      "dilations, groups.");
 }
 
 }  // namespace

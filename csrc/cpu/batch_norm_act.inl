@@ -1,7 +1,8 @@
 // The loops of batch_norm_act.h for one vector length; included by each instruction set's own file. Needs
 // VPNS_RUN_BATCH_NORM_ACT and VPNS_RUN_BATCH_NORM_ACT_BACKWARD (the functions' names).
 
-// A chunk's two sums per channel are taken while it lies in the first-level cache, where its rows are wide in the second.
+// A chunk's two sums per channel are taken while it lies in the first-level cache, or in the second where its rows are
+// wide.
 constexpr int64_t kChunkBytes = 16 * 1024;
 // Of narrow rows fewer: a running float sum over more pixels would be far less exact than torch's.
 constexpr int64_t kLeastChunkPixels = 32, kMostChunkPixels = 64;
@@ -10,7 +11,8 @@ struct Chunks {
   int64_t pixels, size;
 
   Chunks(int64_t pixels_, int64_t channels, int64_t element_bytes)
-      : pixels(pixels_), size(std::clamp(kChunkBytes / (channels * element_bytes), kLeastChunkPixels, kMostChunkPixels)) {}
+      : pixels(pixels_),
+        size(std::clamp(kChunkBytes / (channels * element_bytes), kLeastChunkPixels, kMostChunkPixels)) {}
 
   int64_t count() const { return ceil_div(pixels, size); }
   int64_t begin(int64_t chunk) const { return chunk * size; }
@@ -65,7 +67,7 @@ inline void write_channels(T* to, Vec8 v) { store8(to, v); }
 template <typename T>
 inline void write_channels(T* to, float v) { narrow(to, v); }
 
-// Outputs too large to stay in the caches go past them in whole lines: to write a line the usual way is to read it first.
+// Outputs too large to stay in the caches go past them in whole lines: to write a line the usual way reads it first.
 #if defined(__AVX512BW__)
 template <bool kStreams, typename T>
 inline void put_channels(T* to, Vec32 a) {
@@ -199,7 +201,8 @@ inline bool sees_from_x(const BatchNormBackward& call) {
 template <typename T, bool kFromX>
 void chunk_gradients(const BatchNormBackward& call, const float* scale, int64_t begin, int64_t end, float* sums) {
   const int64_t channels = call.channels;
-  const T *grad = static_cast<const T*>(call.grad), *x = static_cast<const T*>(call.x), *y = static_cast<const T*>(call.y);
+  const T* grad = static_cast<const T*>(call.grad);
+  const T *x = static_cast<const T*>(call.x), *y = static_cast<const T*>(call.y);
   T* passed = static_cast<T*>(call.grad_residual);
   over_channels(channels, [&](int64_t c, auto width) {
     using V = decltype(read_channels<width()>(sums));
@@ -226,7 +229,8 @@ void chunk_gradients(const BatchNormBackward& call, const float* scale, int64_t 
 template <typename T, bool kFromX, bool kStreams>
 void input_gradient(const BatchNormBackward& call, const Chunks& chunks, const float* scale, const float* level,
                     const float* slope) {
-  const T *grad = static_cast<const T*>(call.grad), *x = static_cast<const T*>(call.x), *y = static_cast<const T*>(call.y);
+  const T* grad = static_cast<const T*>(call.grad);
+  const T *x = static_cast<const T*>(call.x), *y = static_cast<const T*>(call.y);
   const T* passed = static_cast<const T*>(call.grad_residual);
   T* grad_x = static_cast<T*>(call.grad_x);
 #pragma omp parallel num_threads(call.threads)

@@ -66,7 +66,8 @@ struct ReadsGroupOfPairs {
 };
 #endif
 
-// kLanes channels, from c on, of a tile's outputs; of a whole one nothing lies outside. Weights [taps][steps][channels].
+// kLanes channels, from c on, of a tile's outputs; of a whole one nothing lies outside.
+// Weights [taps][steps][channels].
 template <typename Reads, int kSize, int kStride, bool kWhole, typename X, typename Y>
 void run_channel_tile(const ConvShape& s, const float* weights, int64_t channels, const ConvCall& call,
                       const Output<Y>& out, const ChannelTile& tile, int64_t c) {

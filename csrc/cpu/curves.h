@@ -19,8 +19,8 @@ struct CurveCall {
   int threads;
 };
 
-// y = a * gate on images of `pixels` of `channels` each, all dense and of one type. The gate has one pixel per image, as
-// squeeze and excitation have it, or as many as a.
+// y = a * gate on images of `pixels` of `channels` each, all dense and of one type. The gate has one pixel per image,
+// as squeeze and excitation have it, or as many as a.
 struct GateCall {
   DType dtype;
   const void *a, *gate;

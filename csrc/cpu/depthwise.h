@@ -1,9 +1,9 @@
 // Depthwise convolution: each channel by a filter of its own, on vectors of channels.
 //
-// For a vector of channels and a few neighbouring output pixels the sums stay in registers while the taps go by: what is
-// read of a pixel is one vector, and rows of inputs are shared by the windows that overlap. Weights that were pruned are
-// left out lane by lane, so that what they would have read does not matter. Where none was, square filters of the usual
-// sizes go over tiles of two rows and four columns, each input of which is loaded and widened once.
+// For a vector of channels and a few neighbouring output pixels the sums stay in registers while the taps go by: what
+// is read of a pixel is one vector, and rows of inputs are shared by the windows that overlap. Weights that were pruned
+// are left out lane by lane, so that what they would have read does not matter. Where none was, square filters of the
+// usual sizes go over tiles of two rows and four columns, each input of which is loaded and widened once.
 #pragma once
 
 #include <cstdint>

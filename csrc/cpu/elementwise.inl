@@ -22,8 +22,8 @@ void convert_run(const From* from, int64_t count, To* to) {
   for (; i < count; ++i) narrow(to + i, widen(from[i]));
 }
 
-// A row of pixels: `dense` [W, C], the other side by its strides. Conversions are by vectors where one side's channels or
-// pixels lie side by side; then only their order is left to change.
+// A row of pixels: `dense` [W, C], the other side by its strides. Conversions are by vectors where one side's channels
+// or pixels lie side by side; then only their order is left to change.
 template <bool kIn, typename From, typename To>
 void convert_row(const ConvertCall& call, const From* from, To* to) {
   constexpr int64_t kPixels = 128;

@@ -4,7 +4,9 @@
 #ifdef __AVX512FP16__
 using HalfVec = _Float16 __attribute__((vector_size(64)));
 inline HalfVec load_lanes(const _Float16* from) { return reinterpret_cast<HalfVec>(_mm512_loadu_ph(from)); }
-inline HalfVec half_broadcast(float value) { return reinterpret_cast<HalfVec>(_mm512_set1_ph(static_cast<_Float16>(value))); }
+inline HalfVec half_broadcast(float value) {
+  return reinterpret_cast<HalfVec>(_mm512_set1_ph(static_cast<_Float16>(value)));
+}
 inline HalfVec multiply_add(HalfVec a, HalfVec b, HalfVec sum) { return sum + a * b; }
 inline Vec part_of(HalfVec v, int part) {
   const __m512i bits = reinterpret_cast<__m512i>(v);
@@ -31,7 +33,8 @@ struct HalfVec {
   return {{rounded, rounded}};
 }
 [[gnu::noinline]] HalfVec multiply_add(const HalfVec& a, const HalfVec& b, const HalfVec& sum) {
-  return {{round_to_half(sum.parts[0] + a.parts[0] * b.parts[0]), round_to_half(sum.parts[1] + a.parts[1] * b.parts[1])}};
+  return {{round_to_half(sum.parts[0] + a.parts[0] * b.parts[0]),
+           round_to_half(sum.parts[1] + a.parts[1] * b.parts[1])}};
 }
 inline Vec part_of(const HalfVec& v, int part) { return v.parts[part]; }
 #endif

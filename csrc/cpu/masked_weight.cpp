@@ -13,8 +13,8 @@
 namespace vpns {
 namespace {
 
-// One axis of the weight, within a group: its units' size, its extent in channels, and how far its channels are apart in
-// the weight and its units in the mask.
+// One axis of the weight, within a group: its units' size, its extent in channels, and how far its channels are apart
+// in the weight and its units in the mask.
 struct Axis {
   int64_t size, extent, weight_stride, mask_stride;
   int64_t units() const { return ceil_div(extent, size); }

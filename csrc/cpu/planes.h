@@ -1,9 +1,9 @@
 // Lowering without im2col: a padded piece of the input, split by stride phase, in which every filter tap is one offset.
 //
-// Output pixel (p, q) of a tile reads tap (r, s) at padded row p·stride + r·dilation. Split the padded rows (columns) by
-// their remainder modulo the stride: the tap then lies in the plane of remainder (r·dilation mod stride), at row
-// p + (r·dilation div stride). So for all pixels of a tile a tap is the same distance away, whatever the stride, padding
-// or dilation, and the kernels need no border cases.
+// Output pixel (p, q) of a tile reads tap (r, s) at padded row p·stride + r·dilation. Split the padded rows (columns)
+// by their remainder modulo the stride: the tap then lies in the plane of remainder (r·dilation mod stride), at row
+// p + (r·dilation div stride). So for all pixels of a tile a tap is the same distance away, whatever the stride,
+// padding or dilation, and the kernels need no border cases.
 #pragma once
 
 #include <algorithm>

@@ -9,8 +9,8 @@ namespace vpns {
 
 enum class Pool : int { kMax, kMean, kAdaptiveMean };
 
-// x [N, H, W, C] and y [N, P, Q, C], dense, of one type (float32, bf16, fp16). The adaptive mean reads of the shape only
-// sizes: output p takes rows [p · H / P, (p + 1) · H / P rounded up), as in torch.
+// x [N, H, W, C] and y [N, P, Q, C], dense, of one type (float32, bf16, fp16). The adaptive mean reads of the shape
+// only sizes: output p takes rows [p · H / P, (p + 1) · H / P rounded up), as in torch.
 struct PoolCall {
   Pool pool;
   DType dtype;

@@ -12,7 +12,9 @@ struct Key {
   using Int = std::conditional_t<kIsWide, int32_t, int16_t>;
   using Vector = std::conditional_t<kIsWide, Words, Shorts>;
   using BitVector = std::conditional_t<kIsWide, WordBits, ShortBits>;
-  static constexpr std::make_unsigned_t<Int> kMantissa = std::is_same_v<T, float> ? 0x7fffff : std::is_same_v<T, Bf16> ? 0x7f : 0x3ff;
+  static constexpr std::make_unsigned_t<Int> kMantissa = std::is_same_v<T, float>  ? 0x7fffff
+                                                         : std::is_same_v<T, Bf16> ? 0x7f
+                                                                                   : 0x3ff;
   static constexpr Int kLeast = std::numeric_limits<Int>::min();  // of -inf
 
   static Vector backwards(Vector v) { return v ^ ((v >> (8 * sizeof(Int) - 1)) & std::numeric_limits<Int>::max()); }

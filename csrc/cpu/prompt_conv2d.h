@@ -71,7 +71,7 @@ void prompt_conv2d_backward(const PromptBackward& backward, const std::string& k
 // Names of the kernels that this machine can run, preferred first; the first ones take bf16 outputs only.
 std::vector<std::string> prompt_conv2d_kernels(bool emulated);
 
-// From here on: what the steps of prompt_conv2d.inl and prompt_conv2d_gradients.inl share with the file that calls them.
+// From here on: what the steps of prompt_conv2d.inl and prompt_conv2d_gradients.inl share with their caller.
 
 // Which taps read a row of the canvas, and for which outputs.
 struct TapsOfAxis {

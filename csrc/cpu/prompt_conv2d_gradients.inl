@@ -1,4 +1,5 @@
-// The steps of prompt_conv2d's gradients, for one vector length; after prompt_conv2d.inl and weight_gradient_vectors.inl.
+// The steps of prompt_conv2d's gradients, for one vector length; after prompt_conv2d.inl and
+// weight_gradient_vectors.inl.
 
 using WordVec = uint32_t __attribute__((vector_size(kLanes * 4)));
 
@@ -74,8 +75,8 @@ void add_products(const FrameGradient& step, const Cell* grad, const std::vector
 
 // Adds what columns [begin, end) of a row of the canvas receive from image n, where its colours pass the clamp: chance
 // decides that, so nothing branches on it. `values` has room for the row and a vector.
-inline void add_passing(const PromptedImages& images, int64_t n, int64_t h, int64_t begin, int64_t end, const float* from,
-                        float* values, float* to) {
+inline void add_passing(const PromptedImages& images, int64_t n, int64_t h, int64_t begin, int64_t end,
+                        const float* from, float* values, float* to) {
   const int64_t first = 3 * begin, last = 3 * end;
   if (images.raw == nullptr) {
     for (int64_t i = first; i < last; ++i) to[i] += from[i];
@@ -124,7 +125,8 @@ void frame_gradient(const FrameGradient& step) {
     float *const row = sums + sum_floats, *const values = row + row_floats;
     Cell* const laid_out = reinterpret_cast<Cell*>(values + row_floats);
     std::vector<BlockRun> taps;
-    // The rows of outputs that read row h, and where they lie: in the image's gradient itself, where cells are its numbers.
+    // The rows of outputs that read row h, and where they lie: in the image's gradient itself, where cells are
+    // its numbers.
     const auto find_rows = [&](const X* image, int64_t h) -> const Cell* {
       taps.clear();
       for (int64_t i = step.rows.first[h]; i < step.rows.first[h + 1]; ++i) {

@@ -1,4 +1,4 @@
-// Which taps of the first filter are there: those that its mask left, and those that a row or column of the canvas meets.
+// Which taps of the first filter are there: those its mask left, and those that a row or column of the canvas meets.
 #pragma once
 
 #include <cstdint>

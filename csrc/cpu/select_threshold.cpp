@@ -1,10 +1,11 @@
 // The exact k-th largest magnitude of a list of float tensors, and the masks that follow.
 //
-// The magnitude of a float orders like its bits without the sign. A sample of the scores brackets the k-th; one pass over
-// all of them counts what lies above the bracket, gathers what lies within (a hundredth or so), and writes masks as far as
-// the bracket decides them. The few that were gathered give the k-th, and their own entries of the masks. Where the sample
-// misled, or too many scores tie to be gathered, the bracket is moved or halved and the pass repeated: the result is exact
-// whatever the sample says, and counts are integers, so it does not depend on the number of threads.
+// The magnitude of a float orders like its bits without the sign. A sample of the scores brackets the k-th; one pass
+// over all of them counts what lies above the bracket, gathers what lies within (a hundredth or so), and writes masks
+// as far as the bracket decides them. The few that were gathered give the k-th, and their own entries of the masks.
+// Where the sample misled, or too many scores tie to be gathered, the bracket is moved or halved and the pass repeated:
+// the result is exact whatever the sample says, and counts are integers, so the number of threads does not
+// matter.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -71,12 +72,13 @@ std::vector<Piece> split(const std::vector<const float*>& data, const std::vecto
   std::vector<Piece> pieces;
   for (size_t i = 0; i < data.size(); ++i)
     for (int64_t begin = 0; begin < counts[i]; begin += kPiece)
-      pieces.push_back({data[i] + begin, std::min(kPiece, counts[i] - begin), masks.empty() ? nullptr : masks[i] + begin});
+      pieces.push_back(
+          {data[i] + begin, std::min(kPiece, counts[i] - begin), masks.empty() ? nullptr : masks[i] + begin});
   return pieces;
 }
 
-// The rank-th largest (from 0 on) of values within a range. Where they are many, by a count of equal steps of the range and
-// a selection in the step that holds it.
+// The rank-th largest (from 0 on) of values within a range. Where they are many, by a count of equal steps of the range
+// and a selection in the step that holds it.
 int32_t nth_largest(std::vector<int32_t>& values, Range range, int64_t rank) {
   constexpr int kSteps = 1 << 12;
   if (values.size() > kSteps) {
@@ -96,8 +98,8 @@ int32_t nth_largest(std::vector<int32_t>& values, Range range, int64_t rank) {
   return values[rank];
 }
 
-// Where the k-th largest should lie, from scores at even distances, each moved by a number drawn from its place: weights
-// repeat themselves.
+// Where the k-th largest should lie, from scores at even distances, each moved by a number drawn from its place:
+// weights repeat themselves.
 Range guess_range(const std::vector<Piece>& pieces, int64_t total, int64_t kept) {
   Range range{0, kInfinityBits};
   if (total <= kSample) return range;
@@ -107,7 +109,8 @@ Range guess_range(const std::vector<Piece>& pieces, int64_t total, int64_t kept)
   int64_t begin = 0, i = 0;
   for (const Piece& piece : pieces) {
     for (; i < kSample; ++i) {
-      const int64_t at = i * stride + static_cast<int64_t>(static_cast<uint32_t>(i) * 2654435761u >> 8) % stride - begin;
+      const int64_t at =
+          i * stride + static_cast<int64_t>(static_cast<uint32_t>(i) * 2654435761u >> 8) % stride - begin;
       if (at >= piece.count) break;
       sample.push_back(magnitude_bits(piece.data[at]));
     }
@@ -116,7 +119,8 @@ Range guess_range(const std::vector<Piece>& pieces, int64_t total, int64_t kept)
   const double share = static_cast<double>(kept) / static_cast<double>(total);
   const double rank = share * static_cast<double>(sample.size());
   const double reach = kDeviations * std::sqrt(rank * (1 - share)) + 2;
-  const int64_t upper = static_cast<int64_t>(std::floor(rank - reach)), lower = static_cast<int64_t>(std::ceil(rank + reach));
+  const int64_t upper = static_cast<int64_t>(std::floor(rank - reach));
+  const int64_t lower = static_cast<int64_t>(std::ceil(rank + reach));
   const Range all{0, std::numeric_limits<int32_t>::max()};  // NaN too, which the pass will find
   std::vector<int32_t> copy = sample;
   if (upper >= 0) range.high = std::min(nth_largest(copy, all, upper), kInfinityBits);
@@ -129,12 +133,12 @@ inline void store_bytes(const Lanes (&lanes)[kVectors], uint8_t* to) {
   using Shorts = int16_t __attribute__((vector_size(16)));
   using Bytes = uint8_t __attribute__((vector_size(16)));
   const auto shorts = [&](int v) {
-    return __builtin_shufflevector(reinterpret_cast<const Shorts&>(lanes[v]), reinterpret_cast<const Shorts&>(lanes[v + 1]), 0,
-                                   2, 4, 6, 8, 10, 12, 14);
+    return __builtin_shufflevector(reinterpret_cast<const Shorts&>(lanes[v]),
+                                   reinterpret_cast<const Shorts&>(lanes[v + 1]), 0, 2, 4, 6, 8, 10, 12, 14);
   };
   const Shorts first = shorts(0), second = shorts(2);
-  const Bytes bytes = __builtin_shufflevector(reinterpret_cast<const Bytes&>(first), reinterpret_cast<const Bytes&>(second), 0,
-                                              2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) & 1;
+  const Bytes &low = reinterpret_cast<const Bytes&>(first), &high = reinterpret_cast<const Bytes&>(second);
+  const Bytes bytes = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) & 1;
   std::memcpy(to, &bytes, sizeof bytes);
 }
 
@@ -265,7 +269,8 @@ Threshold select_threshold(const std::vector<const float*>& data, const std::vec
     larger = std::count_if(candidates.begin(), candidates.end(), [chosen](int32_t bits) { return bits > chosen; });
     ties = std::count(candidates.begin(), candidates.end(), chosen);
   }
-  const int64_t ties_wanted = kept - above - larger, ties_kept = all_ties_or_none && ties_wanted < ties ? 0 : ties_wanted;
+  const int64_t ties_wanted = kept - above - larger;
+  const int64_t ties_kept = all_ties_or_none && ties_wanted < ties ? 0 : ties_wanted;
   if (!masks.empty()) {
     for (size_t p = 0; larger > 0 && p < pieces.size(); ++p)
       for (const Candidate& candidate : looks[p].gathered)

@@ -1,6 +1,6 @@
-// Vectors of VPNS_LANES floats, in GCC's vector extension: the same source compiles to AVX2, to AVX-512, and (for tests) to
-// AVX-512's shapes on lesser machines. Included inside the anonymous namespace of each instruction set's own file, so
-// that no two copies can be merged by the linker.
+// Vectors of VPNS_LANES floats, in GCC's vector extension: the same source compiles to AVX2, to AVX-512, and (for
+// tests) to AVX-512's shapes on lesser machines. Included inside the anonymous namespace of each instruction set's own
+// file, so that no two copies can be merged by the linker.
 
 constexpr int kLanes = VPNS_LANES;
 using Vec = float __attribute__((vector_size(kLanes * 4)));
@@ -57,7 +57,8 @@ inline void narrow(Fp16* to, float value) { to->bits = static_cast<uint16_t>(_cv
 inline void narrow(Bf16* to, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  to->bits = static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  to->bits =
+      static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 // A vector of numbers of 16 bits, widened; and one rounded to them.

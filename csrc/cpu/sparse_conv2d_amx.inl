@@ -73,8 +73,8 @@ struct AmxOutputs {
   int64_t p0, p1, q0;
 };
 
-// Lays out the input of some outputs of image n (and the 15 after it, where they are lanes), and of no other rows, which
-// may not be there.
+// Lays out the input of some outputs of image n (and the 15 after it, where they are lanes), and of no other rows,
+// which may not be there.
 void load_tile_planes(const AmxPlan& plan, const ConvCall& call, int64_t n, const AmxOutputs& outputs, uint16_t* to) {
   const ConvShape& s = plan.shape;
   const int64_t channels = s.C / s.groups, lanes = plan.images_in_lanes ? kTileRows : 1;
@@ -126,8 +126,8 @@ const uint16_t* group_base(const AmxPlan& plan, const uint16_t* planes, int64_t 
   return planes + first * kTileRows * plan.shape.groups * plan.group_channels;
 }
 
-// sums[0] = Σ x · w over all blocks of a row, for 32 of its output channels from k on, or 16. Groups of blocks have sums
-// of their own, which pass through sums[1]. x: the bases of two groups of 16 rows; the second is null where it is none.
+// sums[0] = Σ x · w over all blocks of a row, for 16 or 32 of its output channels from k on. Groups of blocks have sums
+// of their own, which pass through sums[1]. x: the bases of one or two groups of 16 rows; the second may be null.
 void multiply_blocks(const AmxPlan& plan, int64_t row, int64_t k, bool two_columns, const uint16_t* const (&x)[2],
                      float (&sums)[2][32 * 32]) {
   const int64_t first_block = plan.starts[row], blocks = plan.starts[row + 1] - first_block;

@@ -4,7 +4,7 @@
 constexpr int kBlockPixels = VPNS_BLOCK_PIXELS;
 // Pixels whose sums are in registers at a time, by their vectors.
 constexpr int kStripPixels[] = {0, 2 * kBlockPixels, kBlockPixels, 2 * kBlockPixels / 3};
-// Where weights stay in registers: pixels whose sums are in registers at a time, and pixels for which weights stay there.
+// Where weights stay in registers: pixels whose sums are in registers at a time, and pixels for which they stay.
 constexpr int64_t kBlockAbreast = 4, kBlockStream = 64;
 
 // sum + x · w for one word of the input and a word of weights in each lane.
@@ -210,14 +210,15 @@ void run_strip(const BlockPlan& plan, const ConvCall& call, const BlockStrip& st
     const int64_t size = end - begin, whole = round_up(size, kBlockAbreast);
     for (int64_t i = 0; i < strip.groups; ++i) {
       const BlockGroup& group = groups[i];
-      const BlockTile tile{x,
-                           pixels.base + begin,
-                           plan.runs.data() + group.first_run,
-                           group.runs,
-                           plan.weights.data() + group.weights,
-                           sums + group.vector * kLanes,
-                           i > 0 && group.vector == groups[i - 1].vector,
-                           {&call, is_whole && i + 1 == strip.groups ? pixels.target + begin : nullptr, strip.k0, streams}};
+      const BlockTile tile{
+          x,
+          pixels.base + begin,
+          plan.runs.data() + group.first_run,
+          group.runs,
+          plan.weights.data() + group.weights,
+          sums + group.vector * kLanes,
+          i > 0 && group.vector == groups[i - 1].vector,
+          {&call, is_whole && i + 1 == strip.groups ? pixels.target + begin : nullptr, strip.k0, streams}};
       if (in_registers) outputs.multiply[strip.vectors][size - 1](tile);
       else multiply_group<Cell>(tile, whole);
     }
@@ -237,7 +238,8 @@ void run_block_of(const BlockPlan& plan, const ConvCall& call, bool in_place, co
   if (cut.pieces() == 0) return;
   const ForOutputs& outputs = pick_outputs<Cell>(call);
   const int64_t tile_n = ceil_div(call.batch(s), cut.groups), tile_p = ceil_div(call.row_count(s), cut.tiles_p);
-  const int64_t pixel_cells = s.groups * plan.group_cells, image_cells = plan.h.extent(tile_p) * plan.cols * pixel_cells;
+  const int64_t pixel_cells = s.groups * plan.group_cells;
+  const int64_t image_cells = plan.h.extent(tile_p) * plan.cols * pixel_cells;
   const int64_t pixel_room = round_up(tile_n * tile_p * plan.tile_q + kBlockAbreast, 16);
   const int64_t plane_floats = in_place ? 0 : ceil_div(tile_n * image_cells * plan.cell_bytes, 256) * 64;
   TaskQueue tasks(cut.whole, cut.count() - cut.whole, call.threads);

@@ -1,9 +1,10 @@
 // The input gradient as what it is: the same sparse convolution, of the output's gradient with the transposed weight.
 //
-// dx[h, c] = Σ over taps r with stride | h + pad - r · dilation of dy[(h + pad - r · dilation) / stride, k] · w[k, c, r]
-// (columns alike). Input rows of one remainder modulo the stride share their taps, and for them it is a convolution of
-// stride 1 over dy; so the gradient is stride_h · stride_w forward convolutions, each written to every stride-th row and
-// column, by whichever forward kernel this machine prefers.
+// dx[h, c] = Σ over taps r with stride | h + pad - r · dilation
+//            of dy[(h + pad - r · dilation) / stride, k] · w[k, c, r]
+// and columns alike. Input rows of one remainder modulo the stride share their taps, and for them it is a convolution
+// of stride 1 over dy; so the gradient is stride_h · stride_w forward convolutions, each written to every stride-th row
+// and column, by whichever forward kernel this machine prefers.
 #include <algorithm>
 #include <memory>
 #include <utility>

@@ -67,7 +67,8 @@ class PreparedScalar final : public PreparedConv {
     if (row == w.indptr + w.count || *row != k) return;
     for (int64_t j = 0; j < w.columns; ++j)
       for (int64_t tap = 0; tap < taps; ++tap)
-        taps_.push_back({w.index[j], tap / shape_.S, tap % shape_.S, at(w, ((row - w.indptr) * w.columns + j) * taps + tap)});
+        taps_.push_back(
+            {w.index[j], tap / shape_.S, tap % shape_.S, at(w, ((row - w.indptr) * w.columns + j) * taps + tap)});
   }
 
   static double at(const SparseWeights& w, int64_t i) {
@@ -76,7 +77,8 @@ class PreparedScalar final : public PreparedConv {
 
   static double bias_at(const ConvCall& call, int64_t k) {
     if (call.bias == nullptr) return 0.0;
-    return call.x_dtype == DType::kF64 ? static_cast<const double*>(call.bias)[k] : static_cast<const float*>(call.bias)[k];
+    return call.x_dtype == DType::kF64 ? static_cast<const double*>(call.bias)[k]
+                                       : static_cast<const float*>(call.bias)[k];
   }
 
   template <typename X>

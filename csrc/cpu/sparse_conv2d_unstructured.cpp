@@ -60,7 +60,8 @@ std::string why_not(const ConvShape& s, const SparseWeights& weights, DType x_dt
   if (weights.dtype == DType::kF64 || x_dtype == DType::kF64) return "it computes in float32";
   // The smallest tile is one segment.
   const Planes planes(s, std::min<int64_t>(s.P, kMaxSegmentRows), std::min<int64_t>(s.Q, kMaxSegmentAvx512));
-  if (s.C / s.groups * (planes.pixels() + 2) * 32 > INT32_MAX) return "a tile of the input is too large for 32-bit offsets";
+  if (s.C / s.groups * (planes.pixels() + 2) * 32 > INT32_MAX)
+    return "a tile of the input is too large for 32-bit offsets";
   return {};
 }
 

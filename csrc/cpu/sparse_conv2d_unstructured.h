@@ -1,9 +1,9 @@
 // Unstructured sparse convolution, index-driven: what is prepared, and the one loop over it.
 //
 // A vector's lanes are images, or patches of an image where there are too few: 16 lanes hold 16 images, or 4 images cut
-// into 2 × 2 patches, or one image cut into 4 × 4. The input is laid out as planes [channel][pixel][lane] (planes.h), so
-// that a kept weight is an offset and a value, and every vector is aligned whatever the tap. For a segment (up to 4 rows
-// of output vectors, as many as fit the registers) and one output channel, the sums stay in registers while the
+// into 2 × 2 patches, or one image cut into 4 × 4. The input is laid out as planes [channel][pixel][lane] (planes.h),
+// so that a kept weight is an offset and a value, and every vector is aligned whatever the tap. For a segment (up to 4
+// rows of output vectors, as many as fit the registers) and one output channel, the sums stay in registers while the
 // channel's kept weights stream past: per weight one broadcast and one multiply-add with a memory operand per vector.
 // Input channels come in chunks whose segment lies in the first-level cache. Output channels come in blocks: between
 // chunks the sums of a block rest in the second level. Within a chunk, output channels are ordered by how many weights
@@ -19,8 +19,8 @@
 
 namespace vpns {
 
-// A vector length: how many lanes of how many bytes, how many vectors a segment has at most, and how many weights one sum
-// adds up.
+// A vector length: how many lanes of how many bytes, how many vectors a segment has at most, and how many weights one
+// sum adds up.
 struct UnstructuredVectors {
   int lanes, lane_bytes, most;
   int64_t chunk_weights;
@@ -61,8 +61,8 @@ struct UnstructuredPlan {
   int64_t block_count() const { return static_cast<int64_t>(blocks.size()) - 1; }
 };
 
-// A plan and the images [first_image, first_image + images) of a call that it takes: those that fill lanes, or those left
-// over. Lanes beyond the last stay empty.
+// A plan and the images [first_image, first_image + images) of a call that it takes: those that fill lanes, or those
+// left over. Lanes beyond the last stay empty.
 struct UnstructuredPart {
   UnstructuredPlan plan;
   int64_t first_image, images;

@@ -1,6 +1,6 @@
 // The loop of sparse_conv2d_unstructured.h for one vector length; included by each instruction set's own file.
-// Needs VPNS_MAX_SEGMENT and VPNS_RUN_UNSTRUCTURED (the name of the function that is defined). With VPNS_HALF_SUMS planes
-// and the sums of a chunk are in fp16, twice as many to a vector; they join the other chunks' in float.
+// Needs VPNS_MAX_SEGMENT and VPNS_RUN_UNSTRUCTURED (the name of the function that is defined). With VPNS_HALF_SUMS
+// planes and the sums of a chunk are in fp16, twice as many to a vector; they join the other chunks' in float.
 
 constexpr int kMaxSegment = VPNS_MAX_SEGMENT;
 #ifdef VPNS_HALF_SUMS
@@ -24,8 +24,8 @@ inline Vec part_of(PlaneVec v, int) { return v; }
 #endif
 constexpr int kWide = kParts * kLanes;
 
-// out[r][c] (+)= Σ weight · x[offset + r · pitch + c], all but `pitch` in vectors. A chunk is summed up before it joins the
-// others: one sum over all kept weights would lose more to rounding.
+// out[r][c] (+)= Σ weight · x[offset + r · pitch + c], all but `pitch` in vectors. A chunk is summed up before it joins
+// the others: one sum over all kept weights would lose more to rounding.
 template <int R, int C, bool kFirst>
 void accumulate(const Plane* x, int64_t pitch, const int32_t* offset, const int32_t* end, const float* weights,
                 float* out, float start) {
@@ -155,8 +155,8 @@ void store_segment(const UnstructuredPlan& plan, const ConvCall& call, const Til
 
 // All segments of a tile for one block of output channels.
 template <typename Y>
-void run_block(const UnstructuredPlan& plan, const float* weights, const ConvCall& call, const Tile& tile, int64_t block,
-               const Plane* planes, float* sums, PhaseClock& clock) {
+void run_block(const UnstructuredPlan& plan, const float* weights, const ConvCall& call, const Tile& tile,
+               int64_t block, const Plane* planes, float* sums, PhaseClock& clock) {
   const int64_t filters = plan.shape.K / plan.shape.groups;
   const int64_t k0 = tile.g * filters + plan.blocks[block], count = plan.blocks[block + 1] - plan.blocks[block];
   const float* bias = call.bias ? static_cast<const float*>(call.bias) + k0 : nullptr;
@@ -189,8 +189,8 @@ void run_typed(const UnstructuredPart& part, const float* weights, const ConvCal
   const int64_t tile_floats = tile_planes * static_cast<int64_t>(sizeof(Plane)) / 4;
   const int64_t sum_floats = kMaxBlockFilters * kMaxSegment * kWide;
   const int64_t blocks = plan.block_count();
-  // Tiles that are too few for all threads are tasks of some blocks of output channels. Each thread lays such a tile out
-  // for itself: to fetch what another core has just written takes longer.
+  // Tiles that are too few for all threads are tasks of some blocks of output channels. Each thread lays such a tile
+  // out for itself: to fetch what another core has just written takes longer.
   const int64_t left = tiles % call.threads, whole = tiles - left;
   const int64_t parts = parts_of_left(left, call.threads, blocks);
   TaskQueue tasks(whole, left * parts, call.threads);

@@ -12,7 +12,7 @@ namespace {
 
 // The planes of a tile may fill this share of the second-level cache, from where chunks reach the first.
 constexpr double kPlaneShare = 0.7;
-// A chunk may be this much larger than the first-level cache: sums that pass through it more often cost more than misses.
+// A chunk may be this much larger than the first-level cache: sums that pass it more often cost more than misses.
 constexpr double kChunkShare = 1.2;
 
 // What a patch costs in cycles, roughly, with segments of one size.
@@ -126,7 +126,8 @@ std::vector<int64_t> make_blocks(const ConvShape& s, const SparseWeights& weight
   // A row also costs what its sums cost: as much as a few weights.
   const auto cost = [&](int64_t k) {
     int64_t kept = 0;
-    for (int64_t g = 0; g < s.groups; ++g) kept += weights.indptr[g * filters + k + 1] - weights.indptr[g * filters + k];
+    for (int64_t g = 0; g < s.groups; ++g)
+      kept += weights.indptr[g * filters + k + 1] - weights.indptr[g * filters + k];
     return kept + 8 * s.groups;
   };
   int64_t total = 0;
@@ -207,7 +208,8 @@ UnstructuredPlan make_plan(const ConvShape& s, const SparseWeights& weights, con
   const double entries = entries_per_group(s, weights);
   const Cut cut = cut_patch(s, v, lanes.patch_p, lanes.patch_q, entries);
   const Planes planes = choose_tile(s, v, lanes, cut, entries, images, weights.threads);
-  UnstructuredPlan plan{s, lanes, planes, cut.rows, cut.cols, 0, ceil_div(s.C / s.groups, cut.chunk), {}, {}, {}, {}, {}};
+  const int64_t chunks = ceil_div(s.C / s.groups, cut.chunk);
+  UnstructuredPlan plan{s, lanes, planes, cut.rows, cut.cols, 0, chunks, {}, {}, {}, {}, {}};
   // An odd number of cache lines, so that channels spread over the cache's sets.
   const int64_t line = 64 / v.lane_bytes;
   plan.channel_stride = (ceil_div(plan.planes.pixels() * v.lanes, line) | 1) * line;
@@ -224,7 +226,8 @@ std::vector<UnstructuredPart> make_unstructured_parts(const ConvShape& s, const 
   std::vector<UnstructuredPart> parts;
   if (whole > 0) parts.push_back({make_plan(s, weights, v, make_lanes(s, v.lanes, v.lanes), whole), 0, whole});
   if (rest > 0)
-    parts.push_back({make_plan(s, weights, v, choose_lanes(s, v, rest, entries_per_group(s, weights)), rest), whole, rest});
+    parts.push_back(
+        {make_plan(s, weights, v, choose_lanes(s, v, rest, entries_per_group(s, weights)), rest), whole, rest});
   return parts;
 }
 

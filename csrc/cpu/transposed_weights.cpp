@@ -42,8 +42,8 @@ void TransposedWeights::list_channels(const ConvShape& s, const SparseWeights& w
   count_ = from_.empty() ? w.columns * w.count : static_cast<int64_t>(from_.size());
 }
 
-// Others: entries sorted by their new row, its input channel (block), by counting. In a forward row those of one channel
-// stand side by side, taps rising; read backwards, the taps of the transposed filter rise.
+// Others: entries sorted by their new row, its input channel (block), by counting. In a forward row those of one
+// channel stand side by side, taps rising; read backwards, the taps of the transposed filter rise.
 void TransposedWeights::list_entries(const ConvShape& s, const SparseWeights& w, const std::vector<int64_t>& taps_h,
                                      const std::vector<int64_t>& taps_w) {
   const int64_t taps = s.R * s.S, own_taps = static_cast<int64_t>(taps_h.size() * taps_w.size());
@@ -96,7 +96,8 @@ void TransposedWeights::fill(const SparseWeights& forward, OwnedWeights& to, int
   else fill_as(uint16_t{});
   to.view = {format_, forward.dtype, to.values.get(), indptr_.data(), index_.data(), count_, bc_, bk_};
   if (format_ == Format::kChannel)
-    to.view = {format_, forward.dtype, to.values.get(), indptr_.data(), index_.data(), forward.columns, 1, 1, forward.count};
+    to.view = {format_, forward.dtype, to.values.get(), indptr_.data(), index_.data(),
+               forward.columns, 1, 1, forward.count};
 }
 
 }  // namespace vpns

@@ -82,7 +82,8 @@ class PreparedWeightGrad {
 std::unique_ptr<PreparedWeightGrad> prepare_weight_gradient(const ConvShape&, const SparseWeights& layout,
                                                             const std::string& kernel = "");
 
-// Of all units of a masked weight: call.out [block rows, block columns, R, S], or with call.scores [K, C / groups, R, S].
+// Of all units of a masked weight: call.out [block rows, block columns, R, S], or with call.scores
+// [K, C / groups, R, S].
 void score_gradient(const ConvShape&, const WeightGradCall& call, const std::string& kernel);
 
 // Slices of the tiles that have sums of their own, where these are gradients, and what all of them may take.

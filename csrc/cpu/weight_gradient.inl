@@ -1,6 +1,6 @@
-// How weight_gradient.h lays out pixels and what becomes of the sums; included by each instruction set's own file, after
-// sparse_conv2d_block_rows.inl and before the products: weight_gradient_vectors.inl, weight_gradient_amx.inl. A cell is
-// float (a word is a pixel of one image) or Bf16 (of two).
+// How weight_gradient.h lays out pixels and what becomes of the sums; included by each instruction set's own file,
+// after sparse_conv2d_block_rows.inl and before the products: weight_gradient_vectors.inl, weight_gradient_amx.inl. A
+// cell is float (a word is a pixel of one image) or Bf16 (of two).
 
 // A span's share of what is laid out.
 struct GradTile {
@@ -54,7 +54,8 @@ void load_input_row(const BlockGradPlan& plan, const WeightGradCall& call, const
   const int64_t left = std::min(cols, w0 < 0 ? ceil_div(-w0, skip) : 0);
   const int64_t right = std::clamp(s.W > w0 ? ceil_div(s.W - w0, skip) : 0, left, cols);
   const bool inside = h >= 0 && h < s.H;
-  const X* const first = static_cast<const X*>(call.x) + n * call.x_stride_n + h * call.x_stride_h + (w0 + left * skip) * call.x_stride_w;
+  const X* const first =
+      static_cast<const X*>(call.x) + n * call.x_stride_n + h * call.x_stride_h + (w0 + left * skip) * call.x_stride_w;
   const X* const second = plan.images == 2 && n + 1 < s.N ? first + call.x_stride_n : nullptr;
   const bool side_by_side = skip == 1 && call.x_stride_w == width && s.groups * plan.chunks_per_group == 1;
   for (int64_t chunk = 0; chunk < s.groups * plan.chunks_per_group; ++chunk) {
@@ -98,7 +99,8 @@ inline double weigh_block(const MaskedWeight& w, const BlockGradPlan::Block& blo
 }
 
 // Sums of a kept block to the packed order [bk][bc]; zeros beyond ragged edges.
-inline void store_block(const BlockGradPlan& plan, const BlockGradPlan::Block& block, const BlockSums& sums, float* out) {
+inline void store_block(const BlockGradPlan& plan, const BlockGradPlan::Block& block, const BlockSums& sums,
+                        float* out) {
   if (block.filters < plan.bk || block.channels < plan.bc) zero_cells(out, plan.bk * plan.bc);
   for (int64_t k = 0; k < block.filters; ++k)
     for (int64_t c = 0; c < block.channels; ++c) out[k * plan.bc + c] = sums.at(k, c);
@@ -141,7 +143,8 @@ class BlockGradRun {
     span_floats_ = most_words_ * plan.padded_bk;
     slices_ = tiles_;
     if (sums_blocks_ || tiles_ == 0) return;
-    const int64_t most = std::clamp<int64_t>(kSliceFloats / std::max<int64_t>(spans_ * span_floats_, 1), 1, kMostSlices);
+    const int64_t most =
+        std::clamp<int64_t>(kSliceFloats / std::max<int64_t>(spans_ * span_floats_, 1), 1, kMostSlices);
     // A power of two, so that as many threads have equal shares.
     slices_ = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(std::min(most, tiles_))));
   }
@@ -229,8 +232,9 @@ class BlockGradRun {
       const BlockGradPlan::Block& first = plan_.blocks[span.first];
       float* const kept = work.kept + i * span_floats_;
       float* const sums = sums_blocks_ || work.adds ? work.own : kept;
-      products.multiply_span(span, {work.x + first.chunk * plan_.chunk_words() + first.offset, work.base,
-                                    work.grad + first.row * plan_.row_words(), products.rows(tile), sums, products.pitch});
+      products.multiply_span(span,
+                             {work.x + first.chunk * plan_.chunk_words() + first.offset, work.base,
+                              work.grad + first.row * plan_.row_words(), products.rows(tile), sums, products.pitch});
       if (sums_blocks_) weigh_span(products, span, sums, work.scores);
       else if (work.adds) add(kept, sums);
     }
@@ -272,7 +276,8 @@ class BlockGradRun {
     const int64_t step = singles_ ? taps_ : 1;
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < blocks_; b += step) {
-      if (!singles_) store_block(plan_, plan_.blocks[b], sums[b], call_.out + plan_.blocks[b].position * plan_.bk * plan_.bc);
+      if (!singles_)
+        store_block(plan_, plan_.blocks[b], sums[b], call_.out + plan_.blocks[b].position * plan_.bk * plan_.bc);
       for (int64_t k = 0; singles_ && k < plan_.blocks[b].filters; ++k)
         for (int64_t tap = b; tap < b + step; ++tap) weigh_singles(plan_, call_, plan_.blocks[tap], k, sums[tap]);
     }

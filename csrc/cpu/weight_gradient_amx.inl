@@ -74,7 +74,8 @@ struct TileProducts {
         for (int64_t i = wanted - from; i < line; ++i) {
           const int64_t n = tile.n0 + (unit + (plan.over_images ? i : 0)) * 2;
           const X* const at = first + i * step + k;
-          copy_words<Bf16>(at, n + 1 < s.N ? at + image : nullptr, std::clamp<int64_t>(count - k, 0, kTileRows), words[i]);
+          copy_words<Bf16>(at, n + 1 < s.N ? at + image : nullptr, std::clamp<int64_t>(count - k, 0, kTileRows),
+                           words[i]);
         }
         Vec square[kLanes];
         for (int i = 0; i < kLanes; ++i) square[i] = load(words[i]);

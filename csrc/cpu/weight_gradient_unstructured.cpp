@@ -42,7 +42,8 @@ UnstructuredGradPart with_pieces(UnstructuredPart part) {
   const UnstructuredPlan& plan = part.plan;
   const int64_t entries = static_cast<int64_t>(plan.offsets.size());
   const int64_t tiles = ceil_div(part.images, plan.lanes.images) * plan.shape.groups *
-                        ceil_div(plan.lanes.patch_p, plan.planes.tile_p) * ceil_div(plan.lanes.patch_q, plan.planes.tile_q);
+                        ceil_div(plan.lanes.patch_p, plan.planes.tile_p) *
+                        ceil_div(plan.lanes.patch_q, plan.planes.tile_q);
   const int64_t pieces = std::max(kSumBytes / (4 * std::max<int64_t>(entries, 1)), kLeastPieces);
   // An odd number of cache lines, as the distance of channels in the planes.
   const int64_t lines = ceil_div(plan.planes.tile_p * plan.planes.tile_q * plan.lanes.count, 16) | 1;

@@ -1,11 +1,11 @@
-// The gradient of kept unstructured weights only: for each the product of two laid-out rows, so as many operations as the
-// sparse forward.
+// The gradient of kept unstructured weights only: for each the product of two laid-out rows, so as many operations as
+// the sparse forward.
 //
-// d values[i] = Σ over output pixels of dy[pixel, k] · x[pixel's tap, c] for the kept (k, c, r, s). Lanes, planes, tiles,
-// segments and chunks are those of the forward (sparse_conv2d_unstructured.h), with dy laid out beside the planes. For a
-// segment and an output channel its vectors of dy stay in registers while the channel's kept weights stream past, four
-// at a time: each weight is an offset, and per vector one multiply-add with a memory operand. The lanes of 16 sums are
-// then added up together.
+// d values[i] = Σ over output pixels of dy[pixel, k] · x[pixel's tap, c] for the kept (k, c, r, s). Lanes, planes,
+// tiles, segments and chunks are those of the forward (sparse_conv2d_unstructured.h), with dy laid out beside the
+// planes. For a segment and an output channel its vectors of dy stay in registers while the channel's kept weights
+// stream past, four at a time: each weight is an offset, and per vector one multiply-add with a memory operand. The
+// lanes of 16 sums are then added up together.
 //
 // Tiles are shared out into pieces, as many whatever the number of threads; each has sums of its own, which one thread
 // adds up tile by tile, and the pieces' sums join in order. So the result does not depend on the number of threads.
@@ -33,8 +33,8 @@ void run_unstructured_grad_avx2(const UnstructuredGradPart&, const WeightGradCal
 void run_unstructured_grad_avx512(const UnstructuredGradPart&, const WeightGradCall&, bool is_first);
 void run_unstructured_grad_avx512_emulated(const UnstructuredGradPart&, const WeightGradCall&, bool is_first);
 
-// For the layout of unstructured weights, whose values are not read; by the kernel of that name, or for an empty one the
-// first that runs here.
+// For the layout of unstructured weights, whose values are not read; by the kernel of that name, or for an empty one
+// the first that runs here.
 std::unique_ptr<PreparedWeightGrad> prepare_unstructured_gradient(const ConvShape&, const SparseWeights& layout,
                                                                   const std::string& name);
 

@@ -150,7 +150,8 @@ template <typename X>
 void run_unstructured_grad(const UnstructuredGradPart& own, const WeightGradCall& call, bool is_first) {
   const UnstructuredPlan& plan = own.part.plan;
   const ConvShape& s = plan.shape;
-  const ConvCall source{call.x, call.dtype, call.x_stride_n, call.x_stride_h, call.x_stride_w, nullptr, call.dtype, nullptr, 1};
+  const ConvCall source{call.x, call.dtype, call.x_stride_n, call.x_stride_h, call.x_stride_w,
+                        nullptr, call.dtype, nullptr, 1};
   const int64_t tiles_p = ceil_div(plan.lanes.patch_p, plan.planes.tile_p);
   const int64_t tiles_q = ceil_div(plan.lanes.patch_q, plan.planes.tile_q);
   const int64_t first_image = own.part.first_image, images = own.part.images;

@@ -1,7 +1,7 @@
 // Products of weight_gradient.inl for one vector length; included after it and sparse_conv2d_block.inl.
 
-// sums[c][k] = (or +=) Σ over the tile's pixels of x[pixel][c] · grad[pixel][k], kWords × kVectors vectors in registers. Rows of
-// grad and of sums are equally long.
+// sums[c][k] = (or +=) Σ over the tile's pixels of x[pixel][c] · grad[pixel][k], kWords × kVectors vectors in
+// registers. Rows of grad and of sums are equally long.
 template <typename Cell, int kWords, int kVectors>
 void add_outer_products(const GradTile& tile) {
   Vec sum[kWords][kVectors] = {};
@@ -55,7 +55,8 @@ struct VectorProducts {
   void load_gradient(const WeightGradCall& call, const GradRange& tile, int64_t number, float* grad,
                      int64_t* base) const {
     const ConvShape& s = plan.shape;
-    const int64_t height = tile.p1 - tile.p0, width = tile.q1 - tile.q0, unit = number / height, row_p = number % height;
+    const int64_t height = tile.p1 - tile.p0, width = tile.q1 - tile.q0;
+    const int64_t unit = number / height, row_p = number % height;
     const int64_t n = tile.n0 + unit * plan.images, p = tile.p0 + row_p, filters = s.K / s.groups;
     for (int64_t row = 0; row < s.groups * plan.rows_per_group; ++row) {
       const int64_t k = row % plan.rows_per_group * plan.bk, count = std::min(plan.bk, filters - k);

@@ -1,6 +1,6 @@
-// The magnitude of a float orders like its bits without the sign, 31 of them. Three passes over the scores each settle the
-// next bits of the k-th: count how many scores fall into each range, then one block finds the range that holds it. Counts
-// are integers, so the result does not depend on the order in which blocks run.
+// The magnitude of a float orders like its bits without the sign, 31 of them. Three passes over the scores each settle
+// the next bits of the k-th: count how many scores fall into each range, then one block finds the range that holds it.
+// Counts are integers, so the result does not depend on the order in which blocks run.
 #include <cuda_runtime.h>
 
 #include <stdexcept>

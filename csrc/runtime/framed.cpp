@@ -19,7 +19,9 @@ void run_framed(const PlanStep& step, const PlanValue& out, const ConvCall& call
   const int64_t item = bytes_of(out.dtype), row = out.width * out.channels;
   const char* const constant = static_cast<const char*>(step.constant);
   const int64_t first = (step.first_p * out.width + step.first_q) * out.channels;
-  const auto copy = [&](char* y, int64_t from, int64_t count) { std::memcpy(y + from * item, constant + from * item, count * item); };
+  const auto copy = [&](char* y, int64_t from, int64_t count) {
+    std::memcpy(y + from * item, constant + from * item, count * item);
+  };
   for (int64_t n = 0; n < images; ++n) {
     char* const y = static_cast<char*>(call.y) + n * out.elements() * item;
     const int64_t end_p = step.first_p + s.P, left = step.first_q * out.channels, right = left + s.Q * out.channels;

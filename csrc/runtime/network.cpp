@@ -209,8 +209,8 @@ void Network::run_pass(const Pass& pass) const {
   for (size_t i = 0; i < plan_.outputs.size(); ++i) {
     const PlanValue& out = plan_.values[plan_.outputs[i]];
     const ImageTensor& y = pass.y[i];
-    convert_out({pass.at(plan_.outputs[i]), at(y, pass.first), out.dtype, y.dtype, pass.images, out.channels, out.height,
-                 out.width, y.stride_n, y.stride_c, y.stride_h, y.stride_w, pass.threads});
+    convert_out({pass.at(plan_.outputs[i]), at(y, pass.first), out.dtype, y.dtype, pass.images, out.channels,
+                 out.height, out.width, y.stride_n, y.stride_c, y.stride_h, y.stride_w, pass.threads});
   }
 }
 
@@ -278,7 +278,8 @@ void Network::run_op(const Work& work, size_t index) const {
                                                       : Pool::kAdaptiveMean;
       ConvShape shape = step.shape;
       shape.N = work.images;
-      return pool({kind, in.dtype, work.x, work.y, shape, step.counts_padding, work.threads, work.first_row, work.rows});
+      return pool({kind, in.dtype, work.x, work.y, shape, step.counts_padding, work.threads, work.first_row,
+                   work.rows});
     }
     case PlanOp::kAdd:
     case PlanOp::kCopy:

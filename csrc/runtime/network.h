@@ -61,8 +61,8 @@ class Network {
   std::vector<std::string> kernels() const;
   // Images that a thread takes at a time, other than the plan says; not while it runs.
   void set_chunk(int64_t chunk);
-  // Groups of steps that run by strips, other than the plan says; not while it runs. A group of which some kernel cannot
-  // compute some rows alone runs step by step. `cache_bytes`: that the rows which a strip touches should fit.
+  // Groups of steps that run by strips, other than the plan says; not while it runs. A group of which some kernel
+  // cannot compute some rows alone runs step by step. `cache_bytes`: that the rows which a strip touches should fit.
   void set_strips(const std::vector<StepSpan>& groups, int64_t cache_bytes = l2_cache_bytes());
   const std::vector<StripGroup>& strips() const { return groups_; }
   int64_t bytes_per_image() const { return memory_.bytes; }

@@ -1,4 +1,4 @@
-// A network as plan.bin holds it (vpns_kernels/engine/plan.py gives the bytes): values, and steps that compute them.
+// A network as plan.bin holds it (vpns_kernels/engine/plan_file.py gives the bytes): values, and steps that compute them.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +39,8 @@ struct PlanStep {
   SparseWeights weights;  // of convolutions and linear layers; they lie in the plan's bytes
   const float* bias;      // may be null
   // Of a convolution that reads a constant around its images: [P, Q, K] of the output's type, what it gives without
-  // them; null otherwise. Then `shape` is that of the outputs that see images, of which the first is [first_p, first_q];
-  // all others are done.
+  // them; null otherwise. Then `shape` is that of the outputs that see images, of which the first is
+  // [first_p, first_q]; all others are done.
   const void* constant;
   int64_t first_p, first_q;
   int64_t strip_steps;  // how many steps from this one on run together by strips of rows (strips.h); 0: none

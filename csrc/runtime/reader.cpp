@@ -118,7 +118,8 @@ class Reader {
     if (segment_ == kWholePlan) {
       for (int64_t i = 0; i < steps_; ++i)
         if (!is_native(i))
-          fail(kMe, "steps that run without torch", "layer " + text(steps_start_ + i * kStepBytes) + ", which needs it");
+          fail(kMe, "steps that run without torch",
+               "layer " + text(steps_start_ + i * kStepBytes) + ", which needs it");
       return;
     }
     int64_t found = -1;
@@ -267,7 +268,8 @@ class Reader {
             "an output of the size that its windows give", step.name);
       if (!is_conv) check(2 * s.pad_h <= reach_h && 2 * s.pad_w <= reach_w, kMe, "padding of half a window", step.name);
     } else if (step.op == PlanOp::kFlatten) {
-      check(y.channels == x.elements() && s.P * s.Q == 1, kMe, "an output of one pixel with all that was read", step.name);
+      check(y.channels == x.elements() && s.P * s.Q == 1, kMe, "an output of one pixel with all that was read",
+            step.name);
     } else if (step.op != PlanOp::kAdaptiveAvgPool) {
       check(s.P == s.H && s.Q == s.W, kMe, "an output of the input's size", step.name);
     }
@@ -344,8 +346,9 @@ class Reader {
   void read_constant(PlanStep& step) {
     const PlanTensor& constant = take();
     const PlanValue& y = plan_.values[step.output];
-    check(float_type(constant.dtype) == y.dtype && constant.shape == std::vector<int64_t>{y.height, y.width, y.channels},
-          kMe, "a constant like its output", step.name);
+    const std::vector<int64_t> shape{y.height, y.width, y.channels};
+    const bool is_like = float_type(constant.dtype) == y.dtype && constant.shape == shape;
+    check(is_like, kMe, "a constant like its output", step.name);
     step.constant = constant.data;
   }
 

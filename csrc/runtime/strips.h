@@ -2,9 +2,9 @@
 // second-level cache, not from memory that all cores share.
 //
 // A strip ends where some more rows of the last step are done; each step before it computes the rows that the steps
-// behind it now need and that are not there yet, so nothing is computed twice. A value that only the group's steps touch
-// has a window of its rows instead of a place among the activations: before each strip the rows that are still needed
-// move to its start.
+// behind it now need and that are not there yet, so nothing is computed twice. A value that only the group's steps
+// touch has a window of its rows instead of a place among the activations: before each strip the rows that are still
+// needed move to its start.
 #pragma once
 
 #include <cstdint>

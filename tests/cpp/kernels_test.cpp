@@ -103,7 +103,8 @@ std::string complaint(const Case& c, const Layer& layer, const Operands& o, cons
   };
   for (const int threads : {2, 3})
     if (differs(run(threads))) return "other bits with " + std::to_string(threads) + " threads";
-  if (prepared->takes_any_rows() && differs(run(pick({1, 2}), pick({1, 2, 3, 5})))) return "other bits by strips of rows";
+  if (prepared->takes_any_rows() && differs(run(pick({1, 2}), pick({1, 2, 3, 5}))))
+    return "other bits by strips of rows";
   if (one_in(8)) {
     bool other_differs = false;
     std::thread other([&] { other_differs = differs(run(2)); });
@@ -154,7 +155,8 @@ int main(int argc, char** argv) {
     for (const std::string& kernel : prompt_conv2d_kernels(true))
       for (const DType type : {DType::kBF16, DType::kF32}) {
         if (type == DType::kF32 && kernel.find("bf16") != std::string::npos) continue;
-        std::snprintf(current_work, sizeof current_work, "prompt_conv2d %s seed %u round %d", kernel.c_str(), seed, round);
+        std::snprintf(current_work, sizeof current_work, "prompt_conv2d %s seed %u round %d", kernel.c_str(), seed,
+                      round);
         const std::string wrong = prompts.complaint(kernel, type);
         if (wrong.empty()) ++passed["prompt_conv2d_" + kernel];
         else {

@@ -1,6 +1,6 @@
 // Runs a plan.bin without Python or torch: run_plan PLAN IMAGES COUNT THREADS RESULTS.
 //
-// IMAGES holds COUNT float32 images [channels, height, width]; RESULTS gets COUNT float32 results [channels, height, width].
+// IMAGES holds COUNT float32 images [channels, height, width]; RESULTS gets COUNT float32 results, laid out alike.
 // Ends with 2, and says why, where the plan cannot be run.
 #include <cstdint>
 #include <cstdio>

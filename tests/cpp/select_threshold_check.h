@@ -45,7 +45,8 @@ inline bool select_threshold_is_right() {
   if (nan) return std::isnan(found.value);
   std::sort(sorted.begin(), sorted.end(), std::greater<float>());
   const float expected = sorted[kept - 1];
-  const int64_t larger = std::lower_bound(sorted.begin(), sorted.end(), expected, std::greater<float>()) - sorted.begin();
+  const int64_t larger =
+      std::lower_bound(sorted.begin(), sorted.end(), expected, std::greater<float>()) - sorted.begin();
   const int64_t equal = std::count(sorted.begin(), sorted.end(), expected);
   int64_t stay = all_or_none && kept - larger < equal ? 0 : kept - larger;
   if (found.value != expected || found.ties_kept != stay || found.kept != larger + stay) return false;
