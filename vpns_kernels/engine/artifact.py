@@ -1,7 +1,7 @@
 """How is a pruned network stored and opened? As a folder that is whole or absent, and checked before use.
 
     manifest.json         what it is, and digests (manifest.py); written last
-    plan.bin              the layers with their packed weights (plan.py)
+    plan.bin              the layers with their packed weights (plan_file.py)
     torch-0.pt2 ...       of an engine that torch runs in part: what torch runs (programs.py)
     masks.safetensors     bool masks, 8 to a byte (tensors.py)
     weights.safetensors   optional: a plain state_dict with zeros in place, for anyone
