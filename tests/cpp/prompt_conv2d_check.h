@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "arithmetic.h"
@@ -49,57 +50,124 @@ class PromptCheck {
   // All there is to say against one kernel; empty where it is right.
   std::string complaint(const std::string& kernel, vpns::DType type) {
     using vpns::DType;
-    const auto filled = [&](DType of, int64_t count) {
+    const Operands o = draw(type);
+    const Truth truth = compute(o, compose(o));
+    const vpns::PromptedImages images = images_of(o);
+    const std::initializer_list<const Guarded*> inputs = {
+        &bytes_,           &floats_[0].memory(),    &o.weight.memory(),     &o.wide_weight.memory(),
+        &o.bias.memory(),  &o.wide_levels.memory(), &o.wide_frame.memory(), &o.grad.memory()};
+    for (const Guarded* input : inputs) input->allow(PROT_READ);
+    for (const int threads : {1, 2, 3}) {
+      const auto output = [&](DType of, const Sums& like) {
+        return GuardedArray(of, static_cast<int64_t>(like.value.size()), at_back_);
+      };
+      const GuardedArray y = output(type, truth.y), canvas = output(DType::kF32, truth.canvas),
+                         weight = output(DType::kF32, truth.weight), bias = output(DType::kF32, truth.bias);
+      const vpns::ConvCall call{nullptr, DType::kF32, 0, 0, 0, y.data(), type, o.bias.data(), threads};
+      vpns::prompt_conv2d({s_, o.weight.data(), type, images, call}, kernel);
+      vpns::prompt_conv2d_backward({s_, floats(o.wide_weight), images, o.grad.data(), type, floats(canvas),
+                                    floats(weight), floats(bias), threads},
+                                   kernel);
+      const std::string with = " with " + std::to_string(threads) + " threads";
+      if (!is_right(y, truth.y)) return "wrong output" + with;
+      if (!is_right(canvas, truth.canvas)) return "wrong gradient of the canvas" + with;
+      if (!is_right(weight, truth.weight)) return "wrong gradient of the weight" + with;
+      if (!is_right(bias, truth.bias)) return "wrong gradient of the bias" + with;
+    }
+    return {};
+  }
+
+ private:
+  struct Operands {
+    vpns::DType type;
+    GuardedArray weight, bias, levels, frame, grad;
+    // The library takes these in float.
+    GuardedArray wide_weight = widened(weight), wide_levels = widened(levels), wide_frame = widened(frame);
+  };
+
+  struct Canvas {
+    std::vector<double> values;  // [N, H, W, 3]
+    std::vector<bool> passes;    // whether a gradient reaches the frame
+  };
+
+  // Sums, and those of their terms' magnitudes.
+  struct Sums {
+    explicit Sums(int64_t count) : value(count), scale(count) {}
+    void add(int64_t i, double term) {
+      value[i] += term;
+      scale[i] += std::abs(term);
+    }
+    std::vector<double> value, scale;
+  };
+
+  struct Truth {
+    Sums y, canvas, weight, bias;  // the output, and the gradients
+  };
+
+  int64_t image_height() const { return released_ ? s_.H : s_.H - 2 * frame_; }
+  int64_t image_width() const { return released_ ? s_.W : s_.W - 2 * frame_; }
+
+  Operands draw(vpns::DType type) const {
+    const auto filled = [&](vpns::DType of, int64_t count) {
       GuardedArray array(of, count, at_back_);
       for (int64_t i = 0; i < count; ++i) array.set(i, uniform());
       return array;
     };
-    const int64_t h = released_ ? s_.H : s_.H - 2 * frame_, w = released_ ? s_.W : s_.W - 2 * frame_;
-    const GuardedArray weight = filled(type, s_.K * 3 * s_.R * s_.S);
+    GuardedArray weight = filled(type, s_.K * 3 * s_.R * s_.S);
     if (one_in(2))  // most taps masked: zeros of either sign
       for (int64_t i = 0; i < weight.count(); ++i)
         if (i % (s_.R * s_.S) % 4 != 1) weight.set(i, 0 * weight.get(i));
-    const GuardedArray bias = filled(DType::kF32, s_.K);
-    const GuardedArray levels = filled(type, 3 * 256), frame = filled(type, s_.H * s_.W * 3);
-    const GuardedArray grad = filled(type, s_.N * s_.P * s_.Q * s_.K);
-    // The library takes these in float.
-    const GuardedArray wide_levels = widened(levels), wide_frame = widened(frame), wide_weight = widened(weight);
-    const float mean[3] = {0.4f, 0.5f, 0.6f}, deviation[3] = {0.2f, 0.3f, 0.4f};
+    return {type,
+            std::move(weight),
+            filled(vpns::DType::kF32, s_.K),
+            filled(type, 3 * 256),
+            filled(type, s_.H * s_.W * 3),
+            filled(type, s_.N * s_.P * s_.Q * s_.K)};
+  }
+
+  vpns::PromptedImages images_of(const Operands& o) const {
+    const int64_t h = image_height(), w = image_width();
     vpns::PromptedImages images{is_uint8_ ? bytes_.as<void>() : floats_[0].data(),
                                 is_uint8_, 3 * h * w, h * w, w, 1, s_.H, s_.W, frame_, nullptr, nullptr,
-                                static_cast<float*>(wide_levels.data()), mean, deviation, type == DType::kBF16};
-    (released_ ? images.raw : images.canvas) = static_cast<float*>(wide_frame.data());
-    std::vector<double> canvas(s_.N * s_.H * s_.W * 3);
-    std::vector<bool> passes(canvas.size());
-    const GuardedArray rounded(type, 1, true);
-    for (int64_t i = 0; i < static_cast<int64_t>(canvas.size()); ++i) {
+                                floats(o.wide_levels), kMean, kDeviation, o.type == vpns::DType::kBF16};
+    (released_ ? images.raw : images.canvas) = floats(o.wide_frame);
+    return images;
+  }
+
+  Canvas compose(const Operands& o) const {
+    const int64_t h = image_height(), w = image_width(), ring = released_ ? 0 : frame_;
+    Canvas canvas{std::vector<double>(s_.N * s_.H * s_.W * 3), std::vector<bool>(s_.N * s_.H * s_.W * 3)};
+    const GuardedArray rounded(o.type, 1, true);
+    for (int64_t i = 0; i < static_cast<int64_t>(canvas.values.size()); ++i) {
       const int64_t c = i % 3, x = i / 3 % s_.W, y = i / 3 / s_.W % s_.H, n = i / 3 / s_.W / s_.H;
-      const int64_t in_image = i % (s_.H * s_.W * 3), ring = released_ ? 0 : frame_;
+      const int64_t in_image = i % (s_.H * s_.W * 3);
       const bool on_frame = y < frame_ || y >= s_.H - frame_ || x < frame_ || x >= s_.W - frame_;
-      passes[i] = on_frame;
+      canvas.passes[i] = on_frame;
       if (on_frame && !released_) {
-        canvas[i] = frame.get(in_image);
+        canvas.values[i] = o.frame.get(in_image);
         continue;
       }
       const int64_t at = ((n * 3 + c) * h + y - ring) * w + x - ring;
       float value = image_[at];
       if (is_uint8_ && !on_frame) {
-        canvas[i] = levels.get(c * 256 + bytes_.as<uint8_t>()[at]);
+        canvas.values[i] = o.levels.get(c * 256 + bytes_.as<uint8_t>()[at]);
         continue;
       }
-      if (on_frame) value += static_cast<float>(wide_frame.get(in_image));
-      passes[i] = on_frame && value >= 0 && value <= 1;
+      if (on_frame) value += static_cast<float>(o.wide_frame.get(in_image));
+      canvas.passes[i] = on_frame && value >= 0 && value <= 1;
       if (released_) value = std::clamp(value, 0.0f, 1.0f);
-      canvas[i] = rounded.set(0, (value - mean[c]) / deviation[c]);
+      canvas.values[i] = rounded.set(0, (value - kMean[c]) / kDeviation[c]);
     }
+    return canvas;
+  }
 
-    std::vector<double> y(grad.count()), of_canvas(frame.count()), of_weight(weight.count()), of_bias(s_.K);
-    std::vector<double> y_scale(y), canvas_scale(of_canvas), weight_scale(of_weight), bias_scale(of_bias);
-    for (int64_t i = 0; i < static_cast<int64_t>(y.size()); ++i) {
+  Truth compute(const Operands& o, const Canvas& canvas) const {
+    Truth truth{Sums(o.grad.count()), Sums(o.frame.count()), Sums(o.weight.count()), Sums(s_.K)};
+    for (int64_t i = 0; i < o.grad.count(); ++i) {
       const int64_t k = i % s_.K, q = i / s_.K % s_.Q, p = i / s_.K / s_.Q % s_.P, n = i / s_.K / s_.Q / s_.P;
-      const double g = grad.get(i);
-      add(y[i], y_scale[i], bias.get(k));
-      add(of_bias[k], bias_scale[k], g);
+      const double g = o.grad.get(i);
+      truth.y.add(i, o.bias.get(k));
+      truth.bias.add(k, g);
       for (int64_t tap = 0; tap < 3 * s_.R * s_.S; ++tap) {
         const int64_t c = tap / (s_.R * s_.S), r = tap / s_.S % s_.R, col = tap % s_.S;
         const int64_t row = p * s_.stride_h - s_.pad_h + r * s_.dilation_h;
@@ -107,42 +175,15 @@ class PromptCheck {
         if (row < 0 || row >= s_.H || column < 0 || column >= s_.W) continue;
         const int64_t cell = (row * s_.W + column) * 3 + c, at = n * s_.H * s_.W * 3 + cell;
         const int64_t from = k * 3 * s_.R * s_.S + tap;
-        add(y[i], y_scale[i], weight.get(from) * canvas[at]);
-        add(of_weight[from], weight_scale[from], g * canvas[at]);
-        if (passes[at]) add(of_canvas[cell], canvas_scale[cell], g * weight.get(from));
+        truth.y.add(i, o.weight.get(from) * canvas.values[at]);
+        truth.weight.add(from, g * canvas.values[at]);
+        if (canvas.passes[at]) truth.canvas.add(cell, g * o.weight.get(from));
       }
     }
-
-    const std::initializer_list<const Guarded*> inputs = {
-        &bytes_,         &floats_[0].memory(),  &weight.memory(),     &wide_weight.memory(),
-        &bias.memory(),  &wide_levels.memory(), &wide_frame.memory(), &grad.memory()};
-    for (const Guarded* input : inputs) input->allow(PROT_READ);
-    for (const int threads : {1, 2, 3}) {
-      const auto output = [&](DType of, const std::vector<double>& like) {
-        return GuardedArray(of, static_cast<int64_t>(like.size()), at_back_);
-      };
-      const GuardedArray found = output(type, y), canvas_found = output(DType::kF32, of_canvas),
-                         weight_found = output(DType::kF32, of_weight), bias_found = output(DType::kF32, of_bias);
-      const vpns::ConvCall call{nullptr, DType::kF32, 0, 0, 0, found.data(), type, bias.data(), threads};
-      vpns::prompt_conv2d({s_, weight.data(), type, images, call}, kernel);
-      const auto floats = [](const GuardedArray& array) { return static_cast<float*>(array.data()); };
-      vpns::prompt_conv2d_backward({s_, floats(wide_weight), images, grad.data(), type, floats(canvas_found),
-                              floats(weight_found), floats(bias_found), threads},
-                             kernel);
-      const std::string with = " with " + std::to_string(threads) + " threads";
-      if (!is_right(found, y, y_scale)) return "wrong output" + with;
-      if (!is_right(canvas_found, of_canvas, canvas_scale)) return "wrong gradient of the canvas" + with;
-      if (!is_right(weight_found, of_weight, weight_scale)) return "wrong gradient of the weight" + with;
-      if (!is_right(bias_found, of_bias, bias_scale)) return "wrong gradient of the bias" + with;
-    }
-    return {};
+    return truth;
   }
 
- private:
-  static void add(double& sum, double& scale, double term) {
-    sum += term;
-    scale += std::abs(term);
-  }
+  static float* floats(const GuardedArray& array) { return static_cast<float*>(array.data()); }
 
   static GuardedArray widened(const GuardedArray& from) {
     GuardedArray wide(vpns::DType::kF32, from.count(), true);
@@ -150,12 +191,16 @@ class PromptCheck {
     return wide;
   }
 
-  static bool is_right(const GuardedArray& found, const std::vector<double>& truth, const std::vector<double>& scale) {
+  static bool is_right(const GuardedArray& found, const Sums& truth) {
     const double half_ulp = found.type() == vpns::DType::kBF16 ? 0x1p-8 : 0x1p-24;
-    for (int64_t i = 0; i < found.count(); ++i)
-      if (!(std::abs(found.get(i) - truth[i]) <= 2e-6 * scale[i] + half_ulp * std::abs(truth[i]) + 1e-30)) return false;
+    for (int64_t i = 0; i < found.count(); ++i) {
+      const double bound = 2e-6 * truth.scale[i] + half_ulp * std::abs(truth.value[i]) + 1e-30;
+      if (!(std::abs(found.get(i) - truth.value[i]) <= bound)) return false;
+    }
     return found.memory().surroundings_are_intact();
   }
+
+  static constexpr float kMean[3] = {0.4f, 0.5f, 0.6f}, kDeviation[3] = {0.2f, 0.3f, 0.4f};
 
   vpns::ConvShape s_{};
   int64_t frame_;
