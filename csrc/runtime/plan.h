@@ -1,4 +1,4 @@
-// A network as plan.bin holds it (vpns_kernels/engine/plan_file.py gives the bytes): values, and steps that compute them.
+// A network as plan.bin holds it (vpns_kernels/engine/plan_file.py has its bytes): values, and steps that compute them.
 #pragma once
 
 #include <cstdint>

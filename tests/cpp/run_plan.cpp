@@ -2,18 +2,18 @@
 //
 // IMAGES holds COUNT float32 images [channels, height, width]; RESULTS gets COUNT float32 results, laid out alike.
 // Ends with 2, and says why, where the plan cannot be run.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <fstream>
 #include <iterator>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "runtime/network.h"
+#include "runtime/plan_file.h"
 
 namespace {
 
@@ -23,24 +23,15 @@ std::vector<char> read_file(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
 
-// A plan's tensors start at multiples of 64 bytes from its own start, which has to be one too.
-struct Aligned {
-  explicit Aligned(const std::vector<char>& bytes)
-      : memory(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes.size() + 63) / 64 * 64)), std::free) {
-    std::copy(bytes.begin(), bytes.end(), memory.get());
-  }
-  std::unique_ptr<uint8_t, void (*)(void*)> memory;
-};
-
 vpns::ImageTensor tensor(std::vector<float>& data, const vpns::PlanValue& value) {
   return {data.data(), vpns::DType::kF32, value.elements(), value.height * value.width, value.width, 1};
 }
 
 void run(char** arguments) {
-  const std::vector<char> bytes = read_file(arguments[1]), images = read_file(arguments[2]);
+  const vpns::PlanFile plan(arguments[1]);
+  const std::vector<char> images = read_file(arguments[2]);
   const int64_t count = std::stoll(arguments[3]);
-  const Aligned plan(bytes);
-  const vpns::Network network(plan.memory.get(), static_cast<int64_t>(bytes.size()));
+  const vpns::Network network(plan.data(), plan.size());
   const vpns::PlanValue &in = network.plan().values[network.plan().inputs[0]],
                         &out = network.plan().values[network.plan().outputs[0]];
   if (static_cast<int64_t>(images.size()) != count * in.elements() * 4)

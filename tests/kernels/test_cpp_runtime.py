@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,21 @@ def test_the_program_refuses_what_needs_torch_by_name_and_what_is_no_plan(
     (tmp_path / "none").write_bytes(b"VPNSPLAN and nothing else")
     done = answer(program, tmp_path / "none", images(1), 1, tmp_path)
     assert (done.returncode, "expected at least a header" in done.stderr) == (2, True)
+
+
+def test_the_example_of_the_docs_runs_against_an_installation(program: Path, tmp_path: Path) -> None:
+    run("cmake", "--install", program.parent, "--prefix", tmp_path / "installed")
+    blocks = dict(re.findall(r"```(cmake|cpp)\n(.*?)```", (ROOT / "docs" / "cpp.md").read_text(), re.DOTALL))
+    (tmp_path / "CMakeLists.txt").write_text(blocks["cmake"])
+    (tmp_path / "main.cpp").write_text(blocks["cpp"])
+    found = f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed'}"
+    run("cmake", "-S", tmp_path, "-B", tmp_path / "build", "-G", "Ninja", found)
+    run("cmake", "--build", tmp_path / "build")
+    engine = compile(prune(build_network("residual"), "unstructured", 0.4).eval(), images(4), threads=4)
+    engine.save(tmp_path / "engine")
+    predicted = engine(torch.full_like(images(8), 0.5)).flatten(1).argmax(1)
+    lines = run(tmp_path / "build" / "example", tmp_path / "engine" / "plan.bin").splitlines()
+    assert lines == [str(label) for label in predicted.tolist()]
 
 
 def test_the_program_links_neither_python_nor_torch(program: Path) -> None:
