@@ -251,6 +251,27 @@ def test_importing_the_kernels_adds_at_most_60_ms_nothing_but_themselves_and_no_
     assert statistics.median(added_ms) <= 60
 
 
+@pytest.mark.parametrize(
+    ("package", "absent"),
+    [("vpns_kernels", "vpns_kernels.convert vpns_kernels.engine"), ("vpns", "torch vpns.run")],
+)
+def test_every_public_name_is_there_and_listed_and_what_is_slow_waits_until_asked_for(
+    package: str, absent: str
+) -> None:
+    code = (
+        f"import sys, {package} as package\n"
+        f"print(*[name for name in {absent!r}.split() if name in sys.modules])\n"
+        "assert set(package.__all__) <= set(dir(package))\n"
+        "lazy = {name for names in package._LAZY.values() for name in names}\n"
+        "assert lazy <= set(package.__all__)\n"
+        "assert all(getattr(package, name).__module__.startswith(package.__name__) "
+        "for name in package.__all__ if name != 'OPS')\n"
+        "assert all(callable(getattr(package, name)) for name in lazy)\n"
+        "print(hasattr(package, 'no_such_name'))"
+    )
+    assert run_python(code).stdout.splitlines() == ["", "False"]
+
+
 def test_the_command_line_answers_help_without_importing_torch() -> None:
     started = time.perf_counter()
     code = (
