@@ -1,6 +1,6 @@
 """Where do the numbers of the docs come from? From the JSON files in bench/results, by this script alone.
 
-python -m bench.readme           rewrite the tables of README.md and docs/results.md
+python -m bench.readme           rewrite the tables of README.md, docs/results.md and docs/why_not_faster.md
 python -m bench.readme --check   exit 1 where they say something else
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 
 from bench.readme_experiments import find_experiments, render_experiments, render_prompts
 from bench.readme_goals import render_goals
+from bench.readme_headlines import render_headlines
+from bench.readme_reasons import render_reasons
 from bench.readme_source import link, where
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,12 +30,14 @@ def main(arguments: Sequence[str]) -> int:
     experiments = find_experiments(RESULTS)
     brief = [path for path in experiments if path.name.startswith("arms-")]
     parts = {
-        "README.md": {"speed": render(), "accuracy": render_experiments(brief)},
+        "README.md": {"speed": render_headlines(RESULTS), "accuracy": render_experiments(brief)},
         "docs/results.md": {
+            "speed": render(),
             "experiments": render_experiments(experiments),
             "prompts": render_prompts(RESULTS),
             "goals": render_goals(RESULTS),
         },
+        "docs/why_not_faster.md": render_reasons(RESULTS),
     }
     stale = []
     for name, tables in parts.items():
@@ -62,7 +66,7 @@ def replace_tables(text: str, tables: Mapping[str, str], to_root: str) -> str:
 
 
 def render() -> str:
-    """All tables, a paragraph for each results file."""
+    """All tables of speed, a paragraph for each results file."""
     parts = [render_layers(path) for path in sorted(RESULTS.glob("ops-*.json"))]
     parts += [render_networks(path) for path in sorted(RESULTS.glob("demo-*.json"))]
     parts += [render_whole(path) for path in sorted(RESULTS.glob("networks-*.json"))]

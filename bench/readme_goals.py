@@ -65,7 +65,6 @@ CAUSES = {
         "thirds of two vectors"
     ),
     "prompt_conv2d framed, prompt gradient": "the gradient's sum over the batch, in float32",
-    "against SparseProp": "SparseProp is not installed here",
     "pruning runs per hour, letters to digits": (
         "at 32 px packing anew and scores' gradients take a third of an update, and validating and starting "
         "up three tenths of a run"
@@ -104,13 +103,14 @@ def _table(path: Path, machine: dict[str, Any], rows: Sequence[dict[str, Any]]) 
     lines = [f"{head}:", "", "| goal | wanted | measured | why it is missed |", "|---|---|---|---|"]
     for row in shown:
         value = "not measured" if row["value"] is None else f"{row['value']:.3g}"
-        cause = "" if row["met"] else find_cause(row["name"])
+        # What was not measured says itself why.
+        cause = "" if row["met"] else row["why"] if row.get("why") else find_cause(row["name"])
         lines.append(f"| {row['name']} | {row['wanted']} | {value} | {cause} |")
     return "\n".join(lines)
 
 
 def find_cause(name: str) -> str:
-    """Of a goal that was missed.
+    """The cause that is written down for a goal that was missed.
 
     Raises:
         ValueError: none is written down.

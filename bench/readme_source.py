@@ -12,6 +12,11 @@ def link(path: Path) -> str:
 
 
 def where(fingerprint: dict[str, Any]) -> str:
-    """Date and machine."""
-    isa = fingerprint["isa"][-1].upper()
-    return f"{fingerprint['date']}, {fingerprint['cpu']}, {isa}, {fingerprint['threads']} threads"
+    """Date, machine and commit."""
+    machine = f"{fingerprint['date']}, {fingerprint['cpu']}, {threads_of(fingerprint)}"
+    return f"{machine}, commit {fingerprint['commit'][:7]}"
+
+
+def threads_of(fingerprint: dict[str, Any]) -> str:
+    """The strongest instruction set, and how many threads ran."""
+    return f"{fingerprint['isa'][-1].upper()}, {fingerprint['threads']} threads"

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Start:
-    """A stage begins, or goes on.
+    """A stage that trains begins, or goes on; other stages tell their end alone.
 
     Args:
-        updates: how many it will make; 0 for stages that do not train.
+        updates: how many it will make.
         updates_done: how many it has made, more than 0 when it is resumed.
     """
 
@@ -83,7 +83,7 @@ class Observer:
     """Base of observers: each method is called at its moment and may do nothing."""
 
     def on_start(self, start: Start) -> None:
-        """A stage begins or resumes."""
+        """Training of a stage begins or resumes."""
 
     def on_step(self, step: Step) -> None:
         """An update was made."""
