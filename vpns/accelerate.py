@@ -74,7 +74,7 @@ def fuse_predictor(predictor: Predictor, density: float = 0.0) -> tuple[Predicto
 
 
 def choose_backends(predictor: Predictor, images: Tensor) -> dict[str, Any]:
-    """For every masked and sparse layer, by name, who computes each pass and why; nothing is timed.
+    """Who computes each pass of every masked and sparse layer, by name, and why; nothing is timed.
 
     Args:
         images: of a batch's shape; what they show does not matter.

@@ -231,7 +231,7 @@ class RunConfig:
         _expect(self.save_every_s >= 0, self, "save_every_s >= 0 seconds", self.save_every_s)
 
     def to_dict(self) -> dict[str, Any]:
-        """As stored in JSON and YAML."""
+        """The settings as plain values, as they are stored in JSON and YAML."""
         return dataclasses.asdict(self)
 
     @classmethod

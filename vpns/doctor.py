@@ -74,7 +74,7 @@ def to_text(findings: list[Finding]) -> str:
 
 
 def to_plain(findings: list[Finding]) -> dict[str, Any]:
-    """As JSON holds them."""
+    """The findings as plain values, as JSON holds them."""
     return {
         "schema_version": 1,
         "is_healthy": is_healthy(findings),

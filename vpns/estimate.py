@@ -41,7 +41,7 @@ class Line:
     each: float
 
     def at(self, images: int) -> float:
-        """For this many images; never less than nothing."""
+        """The value for this many images; never less than 0."""
         return max(0.0, self.base + images * self.each)
 
 
@@ -102,7 +102,7 @@ def stage_seconds(config: RunConfig, rates: Rates, counts: Counts) -> dict[str, 
 
 
 def peak_bytes(config: RunConfig, rates: Rates, counts: Counts) -> float | None:
-    """Of training's largest batch."""
+    """Peak memory of training's largest batch, in bytes; None where this system does not tell."""
     if rates.memory_bytes is None:
         return None
     stages = (config.search, config.tune)

@@ -54,7 +54,7 @@ def compare_paired(first: Sequence[float], second: Sequence[float]) -> PairedTes
 
 
 def find_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Of the mean, at 95 % (Student's t); None of a single value."""
+    """The 95 % interval of the mean (Student's t), as (low, high); None of a single value."""
     from scipy import stats
 
     if len(values) < 2:

@@ -42,7 +42,13 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return twin
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Of the batch's own statistics in training mode, of the running ones in evaluation mode."""
+        """Normalise x [N, C, H, W], add the residual, apply the activation; [N, C, H, W] in the dtype of x.
+
+        Statistics are the batch's own in training mode and the running ones in evaluation mode.
+
+        Args:
+            residual: [N, C, H, W], or None.
+        """
         fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
         if not self.training or not self.affine or not fits:
             y = super().forward(x)
@@ -65,6 +71,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var.dtype) * (count / (count - 1)), share)
 
     def extra_repr(self) -> str:
+        """The sizes of the batch norm, and the activation."""
         return f"{super().extra_repr()}, act={self.act}"  # type: ignore[no-untyped-call]
 
 

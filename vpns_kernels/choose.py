@@ -59,6 +59,7 @@ class Candidate:
 
     @property
     def ms(self) -> float | None:
+        """Expected milliseconds of one call; None where there is no estimate."""
         return None if self.estimate is None else self.estimate.ms
 
 

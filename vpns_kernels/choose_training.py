@@ -31,7 +31,7 @@ class TrainingChoice:
 
     @property
     def backends(self) -> tuple[str, str, str]:
-        """Of sparse and masked layers: (forward, input gradient, weight gradient)."""
+        """The backends that sparse and masked layers take: (forward, input gradient, weight gradient)."""
         forward, input_gradient, weight_gradient = (
             _BACKENDS.get(choice.kernel, "cpu")
             for choice in (self.forward, self.input_gradient, self.weight_gradient)

@@ -91,6 +91,7 @@ class LayerQuery:
 
     @property
     def format(self) -> str:
+        """How the weights are packed: "unstructured", "block" or "channel"."""
         return {1: "unstructured", 3: "block", 4: "channel"}[len(self.values_sizes)]
 
     @property
@@ -143,6 +144,7 @@ class Estimate:
 
     @property
     def ms(self) -> float:
+        """Expected milliseconds of one call: the sum of its parts."""
         return sum(self.terms.values())
 
     @property

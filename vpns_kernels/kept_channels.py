@@ -41,7 +41,7 @@ class KeptConv2d(nn.Conv2d):
     def forward(
         self, input: Tensor, input_mask: Tensor | None = None, output_mask: Tensor | None = None
     ) -> Tensor:
-        """As nn.Conv2d; if frozen, by the op kept_conv2d.
+        """Convolve [N, C, H, W] → [N, K, P, Q] as nn.Conv2d does; a frozen layer uses the op kept_conv2d.
 
         Args:
             input_mask: bool [C]; the other channels of the input are zero.

@@ -105,6 +105,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
     """Conv2d whose weight is multiplied by a mask with learned scores: [N, C, H, W] → [N, K, P, Q]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Convolve [N, C, H, W] or [C, H, W] with weight · mask, in the input's memory format."""
         if self.weight.requires_grad:
             self._check()
             output: Tensor = self._conv_forward(input, self.masked_weight(), self.bias)
@@ -133,6 +134,7 @@ class MaskedLinear(_Masked, nn.Linear):
     """Linear whose weight is multiplied by a mask with learned scores: [..., C] → [..., K]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Multiply [..., C] with weight · mask: [..., K]."""
         if self.weight.requires_grad:
             self._check()
             return F.linear(input, self.masked_weight(), self.bias)
@@ -153,6 +155,7 @@ class ChannelMask(nn.Module):
         self.register_buffer("mask", torch.ones(channels, dtype=torch.bool, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Multiply x [N, C, ...] by the mask over its channels, in the memory format of x."""
         return in_format_of(x, channel_mask(x, self.scores, self.mask, self.backend))
 
 

@@ -90,7 +90,7 @@ def read_pets(home: Path) -> Listing:
 
 
 def list_sets(first: Any, splits: dict[str, list[Any]], problems: list[str] | None = None) -> Listing:
-    """Of one or more of torchvision's sets per split; the first gives the classes."""
+    """The listing of one or more of torchvision's sets per split; the first gives the classes."""
     class_names = _classes(first)
     strangers = [
         f"{one._split} differs in the classes {name_some(sorted({*_classes(one)} ^ {*class_names}))}"

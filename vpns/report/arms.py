@@ -53,7 +53,7 @@ class Arm:
 
     @property
     def density(self) -> str | None:
-        """As it was chosen; None where all have the same."""
+        """The density as it was chosen; None where all arms have the same."""
         return self.runs[0].choices.get(DENSITY)
 
     def values(self, key: str) -> list[float]:
@@ -61,13 +61,13 @@ class Arm:
         return [float(run.row[key]) for run in self.runs if run.row[key] is not None]
 
     def mean(self, key: str) -> float | None:
-        """Of a column; None where no run has it."""
+        """The mean of a column over the runs; None where no run has it."""
         values = self.values(key)
         return statistics.fmean(values) if values else None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Of the mean accuracy, at 95 %; None of a single seed."""
+        """The 95 % interval of the mean accuracy; None of a single seed."""
         return find_interval(self.values("accuracy"))
 
 
@@ -97,7 +97,7 @@ def group_arms(runs: Sequence[Run]) -> list[Arm]:
 
 
 def compare_arms(first: Arm, second: Arm) -> PairedTest | None:
-    """By the seeds that both have; None where those are fewer than two."""
+    """A paired test over the seeds that both have; None where those are fewer than two."""
     ours, theirs = ({run.config.seed: run.row["accuracy"] for run in arm.runs} for arm in (first, second))
     seeds = [seed for seed in ours if seed in theirs]
     if len(seeds) < 2:

@@ -28,7 +28,7 @@ def tidy(axis: Axes) -> None:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """As PNG, by Agg; without the program's version in it, equal figures are equal files."""
+    """Write a PNG by Agg; without the program's version in it, equal figures are equal files."""
     metadata = {"Software": None}
     replace_file(
         path,
@@ -37,7 +37,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """As an SVG element for an HTML page, with text as text; equal figures are equal words.
+    """The figure as an SVG element for an HTML page, with text as text; equal figures are equal words.
 
     Args:
         name: comes before every id, which several figures of a page must not share.

@@ -59,7 +59,7 @@ def make_prompt(context: Context, tensors: dict[str, Tensor] | None = None) -> P
 def make_predictor(
     context: Context, prompt: Prompt, network: nn.Module, stage: str, backend: str
 ) -> Predictor:
-    """Of search or tune; which kernels compute it stands in choice.json before the first update."""
+    """The predictor of search or tune; what computes it stands in choice.json before the first update."""
     config = context.config
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
     predictor = Predictor(prompt, network, dtype)
@@ -147,7 +147,7 @@ def find_label_map(
 
 
 def label_map_to_list(label_map: LabelMap) -> list[int] | None:
-    """As a stage's record holds it."""
+    """The label map as a stage's record holds it; None for the identity."""
     return None if label_map.sequence is None else [int(source) for source in label_map.sequence]
 
 

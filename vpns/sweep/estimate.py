@@ -32,7 +32,7 @@ class Estimate:
     measured: dict[str, dict[str, float]]
 
     def wall_seconds(self, workers: int) -> float:
-        """Of all jobs, side by side."""
+        """Seconds that all jobs take side by side."""
         return max([sum(self.seconds.values()) / workers, *self.seconds.values()])
 
 

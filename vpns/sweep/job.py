@@ -65,7 +65,7 @@ class Executor(Protocol):
         """Begin a job."""
 
     def wait(self) -> Outcome:
-        """Of the job that ends next."""
+        """The outcome of the job that ends next; waits for it."""
 
     def close(self) -> Sequence[Outcome]:
         """Ask what still runs to save its state and stop, wait for it, and give back what was taken."""

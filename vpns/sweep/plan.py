@@ -82,7 +82,7 @@ def plan_jobs(grid: Grid, folder: Path, threads: int) -> list[Job]:
 
 
 def dense_settings(config: RunConfig) -> RunConfig:
-    """Of a run's settings those that pretraining and dense depend on; the rest is the same for all."""
+    """The settings of a run that pretraining and dense depend on; the rest is the same for all."""
     prompt = PromptConfig(
         kind="none", canvas=config.prompt.canvas, frame=0, variant=config.prompt.variant, prompt_in="none"
     )

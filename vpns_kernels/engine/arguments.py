@@ -22,7 +22,7 @@ def arguments_of(node: fx.Node, *defaults: Any) -> Sequence[Any]:
 
 
 def pair(sizes: Any) -> Pair:
-    """Of height and width, where one number may say both."""
+    """(height, width) of an argument that is one number for both, or two."""
     found = [sizes] if isinstance(sizes, int) else list(sizes)
     return int(found[0]), int(found[-1])
 

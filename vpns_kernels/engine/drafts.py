@@ -154,7 +154,7 @@ class Lowering:
 
     @property
     def device(self) -> torch.device:
-        """Of the weights; "meta" where only sizes are wanted."""
+        """The device of the weights; "meta" where only sizes are wanted."""
         return self._traced.device
 
     def has_value(self, argument: Any) -> bool:

@@ -128,7 +128,7 @@ class Engine:
 
     @property
     def strips(self) -> list[tuple[int, int, int]]:
-        """Of each group that runs by strips on this machine: first step, number of steps, rows at a time."""
+        """The groups that run by strips here, each as (first step, number of steps, rows at a time)."""
         return [group for part in self._parts if isinstance(part, NativePart) for group in part.strips]
 
     def store_programs(self) -> list[bytes]:

@@ -67,7 +67,7 @@ class GpuEngine(Engine):
 
     @property
     def batch_sizes(self) -> list[int]:
-        """Of what is recorded, the least recently used first."""
+        """The batch sizes that are recorded, the least recently used first."""
         return [] if self._graphs is None else self._graphs.batch_sizes
 
     def __reduce__(self) -> tuple[type[Engine], tuple[Any, ...]]:
@@ -125,7 +125,7 @@ class GpuEngine(Engine):
 
 
 def find_device(device: torch.device | str) -> torch.device:
-    """With its number; RuntimeError where torch has it not."""
+    """The device with its number, as tensors on it name it; RuntimeError where torch has no such device."""
     return torch.empty(0, device=device).device
 
 

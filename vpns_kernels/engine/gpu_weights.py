@@ -41,7 +41,7 @@ class LayerWeights:
 
     @classmethod
     def of_step(cls, plan: Plan, step: PlanStep, device: torch.device) -> LayerWeights:
-        """Of a convolution or linear layer of a plan."""
+        """The weights of a convolution or linear layer of a plan, to be run on that device."""
         assert step.x is not None
         assert step.output is not None
         found = cls(step, device, plan.values[step.x].dtype, plan.values[step.output].dtype)
@@ -51,7 +51,7 @@ class LayerWeights:
 
     @property
     def stored(self) -> Packed:
-        """As the plan has it, on the CPU."""
+        """The packed weight as the plan has it, on the CPU."""
         assert self.step.layer is not None
         return self.step.layer.packed
 
@@ -105,7 +105,7 @@ class LayerWeights:
 
     @property
     def is_linear(self) -> bool:
-        """Of one pixel: a matrix product."""
+        """Whether the layer is a matrix product: one pixel in, one pixel out."""
         return self.step.op == "linear"
 
     def finish(self, y: Tensor, residual: Tensor | None) -> Tensor:

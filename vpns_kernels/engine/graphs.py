@@ -46,7 +46,7 @@ class CudaRecorder:
         self._pool: Any = None
 
     def record(self, work: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]]:
-        """As Recorder; RuntimeError where the work waits for the host."""
+        """Record work as a graph (see Recorder), after some runs; RuntimeError where it waits for the host."""
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
@@ -62,7 +62,7 @@ class CudaRecorder:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """As Recorder."""
+        """Work inside comes between the caller's work before and after it (see Recorder)."""
         caller = self._caller = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
@@ -70,7 +70,7 @@ class CudaRecorder:
         caller.wait_stream(self._stream)
 
     def hand_over(self, tensor: Tensor) -> Tensor:
-        """As Recorder."""
+        """Let the caller's stream keep a tensor that was made inside a turn (see Recorder)."""
         tensor.record_stream(self._caller)
         return tensor
 
@@ -102,7 +102,7 @@ class GraphRunner:
 
     @property
     def batch_sizes(self) -> list[int]:
-        """Of what is recorded, the least recently used first."""
+        """The batch sizes that are recorded, the least recently used first."""
         return list(self._recordings)
 
     def __call__(self, x: Tensor) -> Tensor:

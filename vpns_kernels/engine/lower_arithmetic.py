@@ -13,7 +13,7 @@ from vpns_kernels.engine.lower_framed import add_framed, pad_framed, reads_frame
 
 
 def batch_norm(to: Lowering, node: fx.Node) -> None:
-    """In evaluation mode: a scale and a shift of each channel."""
+    """Lower a batch norm in evaluation mode: a scale and a shift of each channel."""
     x, weight, bias, mean, variance, _, eps = arguments_of(node)
     scale = (to.tensor_of(node, variance) + eps).rsqrt()
     if weight is not None:

@@ -70,7 +70,7 @@ class NativePart:
 
     @property
     def strips(self) -> list[tuple[int, int, int]]:
-        """As Engine.strips, of these steps."""
+        """The groups of these steps that run by strips, as Engine.strips has them."""
         return [(self.steps.start + first, count, rows) for first, count, rows in self._network.strips]
 
     def run(self, tensors: dict[int, Tensor], context: Any, threads: int, seconds: Tensor | None) -> None:

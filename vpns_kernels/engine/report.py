@@ -70,13 +70,13 @@ class EngineReport:
 
     @property
     def sparse_flops_share(self) -> float:
-        """Of the dense network's multiplications, how many are in layers that run sparsely."""
+        """Share in [0, 1] of the dense network's multiplications that stand in layers which run sparsely."""
         flops = [_flops(self.plan, step) for step in self.plan.steps]
         ran = sum(f for f, report in zip(flops, self.steps, strict=True) if report.is_sparse)
         return ran / max(sum(flops), 1)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Of each step: name, op, shape, pattern, density, ms per image, kernel, reason and share."""
+        """One row for each step: name, op, shape, pattern, density, ms per image, kernel, reason and share."""
         total = sum(report.ms for report in self.steps)
         rows = []
         for step, report in zip(self.plan.steps, self.steps, strict=True):

@@ -50,7 +50,7 @@ class Traced:
 
     @property
     def device(self) -> torch.device:
-        """Of the tensors."""
+        """The device of the weights; the CPU where there are none."""
         return next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
 
     def without_values(self) -> Traced:

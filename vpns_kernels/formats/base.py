@@ -80,10 +80,12 @@ class LayoutSizes:
 
     @property
     def rows(self) -> int:
+        """Rows of all groups together."""
         return self.rows_per_group * self.groups
 
     @property
     def channels(self) -> int:
+        """Input channels (or blocks) of all groups together."""
         return self.channels_per_group * self.groups
 
 

@@ -12,6 +12,12 @@ from vpns_kernels.geometry import ConvGeometry
 
 
 def sizes(geometry: ConvGeometry, bk: int, bc: int) -> LayoutSizes:
+    """The sizes of a layout of blocks of bk output and bc input channels.
+
+    Raises:
+        ValueError: blocks of less than 1x1.
+        NotImplementedError: groups whose filters bk does not divide.
+    """
     K, C, R, S = geometry.weight_shape
     filters = K // geometry.groups
     if bk < 1 or bc < 1:

@@ -11,6 +11,7 @@ from vpns_kernels.geometry import ConvGeometry
 
 
 def sizes(geometry: ConvGeometry) -> LayoutSizes:
+    """The sizes of a layout of single weights."""
     K, C, R, S = geometry.weight_shape
     return LayoutSizes(K // geometry.groups, C, R * S, geometry.groups)
 

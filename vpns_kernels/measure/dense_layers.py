@@ -44,7 +44,7 @@ def time_dense_layers(
 
 @torch.no_grad()
 def list_layers(network: nn.Module, x: Tensor, pattern: Pattern | None = None) -> list[dict[str, Any]]:
-    """As `time_dense_layers`, without the times."""
+    """The rows of `time_dense_layers` without the times: nothing is measured."""
     return [_tell(call, pattern) for call in _record(network, x)]
 
 

@@ -47,7 +47,7 @@ class Deployed:
 
     @property
     def dtype(self) -> str:
-        """Of activations and weights."""
+        """The type of activations and weights inside, such as "bfloat16"."""
         plan = self.engine.plan
         assert plan.input is not None
         return str(plan.values[plan.input].dtype).removeprefix("torch.")
@@ -57,7 +57,7 @@ class Deployed:
         return self.engine(x)
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """By layer, for the whole batch: sparse_ms, ms of what was chosen, choice, kernel and reason."""
+        """Figures by layer, for the whole batch: sparse_ms, ms (what was chosen), choice, kernel, reason."""
         after = {layer.name: layer.packed.geometry.weight_shape[:2] for layer in self.engine.plan.layers}
         found = {}
         for row in self.engine.explain(quiet=True).rows():
@@ -79,7 +79,7 @@ class Deployed:
         return found
 
     def dense_ms(self) -> dict[str, float]:
-        """By layer, for the whole batch: without what was pruned, as the engine timed it when it chose."""
+        """Milliseconds by layer, for the whole batch, with everything, as timed when compiling."""
         rows = self.engine.explain(quiet=True).rows()
         return {row["name"]: row["dense_ms"] * self._images for row in rows if row["dense_ms"] is not None}
 

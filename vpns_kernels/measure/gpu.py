@@ -69,7 +69,7 @@ def measure_gpu_ceilings(
 
 
 def gpu_fingerprint(device: torch.device) -> dict[str, Any]:
-    """As fingerprint, with the GPU, its clocks now, and what its kernels are compiled by."""
+    """The machine's fingerprint with the GPU, its clocks now, and what its kernels are compiled by."""
     found = fingerprint() | {"device": str(device), "cuda": torch.version.cuda}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -171,6 +171,7 @@ def _least_seconds(call: Callable[[], object], rounds: int = 6) -> float:
 
 
 def make_input(layer: Layer, batch: int) -> Tensor:
+    """Random float32 input of a layer, the same at each call: [N, C], or [N, C, H, W] channels_last."""
     generator = torch.Generator().manual_seed(1)
     if layer.is_linear:
         return torch.randn(batch, layer.geometry.in_channels, generator=generator)

@@ -77,7 +77,7 @@ def interleave_events(
     rest_s: float = 0.0,
     make_event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True),
 ) -> dict[str, Sample]:
-    """As timing.interleave, from an event before each call to one after it on the GPU.
+    """Time callables in turn (see timing.interleave), each between two events on the GPU.
 
     Args:
         rest_s: none is needed, for nothing of a GPU waits in a loop.

@@ -23,7 +23,7 @@ def is_pruned(network: nn.Module) -> bool:
 
 
 def kept_frac(network: nn.Module) -> float:
-    """Of all weights of convolutions and linear layers, how many are not zero."""
+    """Share in [0, 1] of the weights of convolutions and linear layers that are not zero."""
     weights = [layer.weight for layer in _layers(network).values()]
     return sum(int((weight != 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 

@@ -36,7 +36,7 @@ class Subject:
 
     @cached_property
     def onnx(self) -> bytes:
-        """As an ONNX model of float32; NotImplementedError says why not."""
+        """The network as an ONNX model of float32; NotImplementedError says why there is none."""
         return to_onnx(copy.deepcopy(self.network).float(), self.x.float().contiguous())
 
     @cached_property

@@ -32,10 +32,11 @@ class Sample:
 
     @property
     def median_ms(self) -> float:
+        """The median of the times, in milliseconds."""
         return median(self.times_ms)
 
     def percentile_ms(self, percent: float) -> float:
-        """By linear interpolation between the nearest ranks."""
+        """A percentile of the times in milliseconds, interpolated linearly between the nearest ranks."""
         ordered = sorted(self.times_ms)
         place = (len(ordered) - 1) * percent / 100
         low = math.floor(place)
@@ -129,7 +130,7 @@ def interleave_phases(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, Sample]]:
-    """As interleave, for callables that mark their own phases, the same in each round: a Sample for each."""
+    """Time callables in turn that mark their own phases, the same in each round: a Sample for each phase."""
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in callables}
 
     def run(name: str) -> None:

@@ -202,7 +202,7 @@ def input_gradient(
 def weight_gradient(
     grad: Tensor, x: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry
 ) -> Tensor:
-    """Of the kept weights (of block weights, the kept blocks) only: float32, in their packed order."""
+    """The gradient of the kept weights (or blocks) alone: float32, in packed order."""
     cache: PreparedCache[WeightGradient] = _cache_of(layout)
     return cache.get(values, layout, geometry, x.shape, x.dtype, "", WeightGradient).run(grad, x)
 

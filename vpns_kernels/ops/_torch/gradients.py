@@ -13,7 +13,7 @@ from vpns_kernels.geometry import ConvGeometry
 def compact_weight_gradient(
     grad: Tensor, x: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry
 ) -> Tensor:
-    """As values."""
+    """The gradient of values [kept K, kept C, R, S], in their shape and dtype."""
     kept_out, kept_in = layout
     if values.numel() == 0:
         return torch.zeros_like(values)
@@ -36,7 +36,7 @@ def compact_weight_gradient(
 def compact_input_gradient(
     grad: Tensor, x: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry
 ) -> Tensor:
-    """As x, channels_last: zeros at the input channels that are not kept."""
+    """The gradient of x, in its shape and dtype, channels_last; zero at channels that are not kept."""
     kept_out, kept_in = layout
     grad_x = torch.zeros_like(x, memory_format=torch.channels_last)
     if values.numel() == 0 or x.numel() == 0:

@@ -87,7 +87,7 @@ _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def packed_blocks(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> PackedBlocks:
-    """Of values [count, bk, bc]; the layout is checked and listed when it is first seen.
+    """The lists of packed values [count, bk, bc]; the layout is checked and listed when it is first seen.
 
     Raises:
         ValueError: a layout that does not describe the weight.

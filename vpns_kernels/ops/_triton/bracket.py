@@ -118,7 +118,7 @@ def choose_bracket(
 
 @triton.jit
 def take_within(chunks_ptr, state_ptr, candidates_ptr, capacity, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of one chunk: how many are above the bracket, the largest, and copies of those within.
+    """Count one chunk's scores above the bracket, find the largest, and copy those within.
 
     A thread has one row of a tile [ROWS, COLUMNS], whose rows are neighbours in memory: it sums along its
     columns alone, and one sum of each thread takes part in what all threads add up.

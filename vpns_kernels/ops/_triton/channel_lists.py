@@ -32,12 +32,12 @@ class ChannelList:
 
     @property
     def count(self) -> int:
-        """Of all."""
+        """How many channels there are, kept or not."""
         return self.order.numel()
 
     @property
     def most_kept(self) -> int:
-        """As many as are kept, or may be."""
+        """How many channels are kept; all of them where only the device knows."""
         return self.kept if isinstance(self.kept, int) else self.count
 
     @property
@@ -65,7 +65,7 @@ def why_not(geometry: ConvGeometry, dtype: torch.dtype) -> str | None:
 
 
 def packed_channels(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> PackedChannels:
-    """Of values [kept K, kept C, R, S]; the layout is checked and listed when it is first seen.
+    """The channels of values [kept K, kept C, R, S]; the layout is checked and listed when it is first seen.
 
     Raises:
         ValueError: a layout that does not describe the weight.
@@ -85,7 +85,7 @@ def packed_channels(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeom
 
 
 def masked_channels(mask: Tensor) -> ChannelList:
-    """Of a mask bool [channels], on its device: nothing waits for the host."""
+    """The channels of a bool mask [channels], on its device: nothing waits for the host."""
     order = (~mask).to(torch.uint8).argsort(stable=True)
     return ChannelList(order.to(torch.int32), mask.sum(dtype=torch.int32).view(1), None)
 
@@ -127,7 +127,7 @@ def filters(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def listed_filters(weight: Tensor, dim: int, channels: ChannelList, dtype: torch.dtype) -> Tensor:
-    """As `filters`, of a dense weight whose axis `dim` goes through a list: what is kept is side by side."""
+    """The `filters` of a dense weight whose axis `dim` goes through a list: what is kept is side by side."""
     return filters(weight.detach().index_select(dim, channels.order), dtype)
 
 

@@ -35,7 +35,7 @@ class ChannelRows:
 
     @classmethod
     def of(cls, x: Tensor, channels: ChannelList, stride: Pair = (1, 1)) -> ChannelRows:
-        """Of x [N, C, H, W], wherever it lies: nothing is copied."""
+        """The rows of x [N, C, H, W], wherever it lies: nothing is copied."""
         rows = x.permute(0, 2, 3, 1)
         sources = split_classes(rows, stride)
         first = channels.first

@@ -32,7 +32,7 @@ class Epilogue:
 
     @property
     def constants(self) -> dict[str, bool | int]:
-        """Of a kernel."""
+        """The constants that a kernel is compiled with."""
         return {
             "HAS_BIAS": self.bias is not None,
             "HAS_RESIDUAL": self.residual is not None,

@@ -50,7 +50,7 @@ def take_kept(
 
 @triton.jit
 def count_ties(chunks_ptr, threshold_ptr, counts_ptr, TILE: tl.constexpr):
-    """Of one chunk: how many scores have the threshold's magnitude."""
+    """Count the scores of one chunk that have the threshold's magnitude."""
     chunk = tl.program_id(0).to(tl.int64)
     scores_ptr = tl.load(chunks_ptr + 3 * chunk).to(tl.pointer_type(tl.float32))
     length = tl.load(chunks_ptr + 3 * chunk + 1).to(tl.int32)

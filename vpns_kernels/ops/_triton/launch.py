@@ -86,7 +86,7 @@ def capability_of(device: torch.device) -> int:
 
 
 def product_capability(device: torch.device, dtype: torch.dtype) -> int:
-    """As `capability_of`; of full products of float32, which no tensor core takes, 8 at most."""
+    """The capability for products: 8 at most for full float32 products, which no tensor core takes."""
     found = capability_of(device)
     return min(found, 8) if dtype == torch.float32 and dot_precision(dtype) == "ieee" else found
 

@@ -59,7 +59,7 @@ def input_gradient(
 def weight_gradient(
     grad: Tensor, x: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry
 ) -> Tensor:
-    """As values, in float32: of what is kept alone."""
+    """The gradient of what is kept alone, in the shape of values and in float32."""
     if _is_channel(values):
         found = channel_lists.packed_channels(values, layout, geometry)
         return channel_gradient(grad, x, found, geometry)

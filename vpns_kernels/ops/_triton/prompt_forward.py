@@ -30,6 +30,8 @@ from vpns_kernels.ops._triton.prompt_pixels import (
 
 @dataclass(frozen=True)
 class Tiles:
+    """How much a program computes: outputs (block_m), filters (block_k) and taps at a time (block_t)."""
+
     block_m: int
     block_k: int
     block_t: int

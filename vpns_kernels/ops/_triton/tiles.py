@@ -29,6 +29,7 @@ class PixelTile:
 
     @property
     def size(self) -> int:
+        """How many output pixels the box holds."""
         return self.images * self.rows * self.columns
 
     def count(self, N: int, P: int, Q: int) -> int:

@@ -41,7 +41,7 @@ def run(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """Of all channels where too many are kept."""
+    """Convolve the kept input channels alone, [N, C, H, W] → [N, K, P, Q]; all where too many are kept."""
     kept = _few(input_mask)
     if kept is not None:
         x, weight = _gather(x, kept), weight.to(x.dtype).index_select(1, kept)
@@ -58,7 +58,7 @@ def run_input_gradient(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """As `run`."""
+    """The gradient of x from the kept output channels alone; from all where too many are kept."""
     kept = None if output_mask is None else _few(output_mask)
     if kept is not None:
         grad, weight = _gather(grad, kept), weight.to(grad.dtype).index_select(0, kept)

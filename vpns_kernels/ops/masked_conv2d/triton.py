@@ -86,7 +86,7 @@ def run_input_gradient(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """As x, channels_last: the same kernel with the transposed weight."""
+    """The gradient of x, in its shape, channels_last: the same kernel with the transposed weight."""
     geometry = blocks.build_geometry(weight.shape, stride, padding, dilation, groups)
     grad_x = empty_activation(tuple(x.shape), x.dtype, x.device)
     block = _block(pattern)

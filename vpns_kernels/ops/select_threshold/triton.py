@@ -106,7 +106,7 @@ def count_values(
     PIECE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Of a piece of the candidates, or a chunk of the scores: how many that agree have each value."""
+    """Count, in a piece of the candidates or a chunk of the scores, how many that agree have each value."""
     chunk = tl.program_id(0).to(tl.int64)
     are_few = _are_few(state_ptr, kept, capacity)
     piece = candidates_ptr.to(tl.int64) + chunk * (4 * PIECE)

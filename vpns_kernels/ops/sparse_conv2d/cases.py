@@ -44,6 +44,11 @@ PATTERNS = ("unstructured", "block:16x16", "block:32x32", "block:8x4", "channel"
 
 
 def make_input(geometry: ConvGeometry, size: tuple[int, int, int], memory: str, dtype: torch.dtype) -> Tensor:
+    """Random input [N, C, H, W] for a geometry, the same at each call.
+
+    Args:
+        memory: "channels_last", "sliced" (a view into a larger tensor of NaN), or else contiguous.
+    """
     generator = torch.Generator().manual_seed(1)
     images, height, width = size
     x = torch.randn(images, geometry.in_channels, height, width, generator=generator).to(dtype)

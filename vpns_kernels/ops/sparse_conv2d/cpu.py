@@ -47,7 +47,7 @@ def run_input_gradient(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """By the forward kernels, with the transposed weight."""
+    """The gradient of x, channels_last, by the forward kernels with the transposed weight."""
     K, C, R, S = weight_shape
     geometry = ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
     return _cpu.input_gradient(grad, x.shape, values.contiguous(), layout, geometry)
@@ -64,7 +64,7 @@ def run_weight_gradient(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """Of kept blocks only, summed in float32."""
+    """The gradient of what is kept alone, summed in float32, in the shape and dtype of values."""
     K, C, R, S = weight_shape
     geometry = ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
     return _cpu.weight_gradient(grad, x, values.contiguous(), layout, geometry).to(values.dtype)

@@ -45,7 +45,7 @@ def run_input_gradient(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """Of torch's dense convolution; as x, channels_last."""
+    """The input gradient of torch's dense convolution, in the shape of x, channels_last."""
     weight = _dense(values, layout, weight_shape, groups).to(x.dtype)
     found: Tensor = conv2d_input(x.shape, weight, grad, stride, padding, dilation, groups)
     return found.contiguous(memory_format=torch.channels_last)

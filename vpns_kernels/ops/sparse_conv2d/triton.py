@@ -49,7 +49,7 @@ def run_input_gradient(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """As x, channels_last: the same kernel with the transposed weight."""
+    """The gradient of x, in its shape, channels_last: the same kernel with the transposed weight."""
     geometry = build_geometry(weight_shape, stride, padding, dilation, groups)
     grad_x = empty_activation(tuple(x.shape), x.dtype, x.device)
     packed.input_gradient(grad, values, layout, geometry, grad_x)
@@ -67,6 +67,6 @@ def run_weight_gradient(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """As values: of what is kept alone, summed in float32."""
+    """The gradient of what is kept alone, summed in float32, in the shape and dtype of values."""
     geometry = build_geometry(weight_shape, stride, padding, dilation, groups)
     return packed.weight_gradient(grad, x, values, layout, geometry).to(values.dtype)
