@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,7 +64,8 @@ def test_results_were_measured_on_clean_code(path: Path) -> None:
 
 
 def test_results_were_measured_at_ancestors_of_this_commit() -> None:
-    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+    is_whole = shutil.which("git") and git("rev-parse", "--is-shallow-repository").stdout.strip() == "false"
+    if not is_whole:
         pytest.skip("the history is not here (a shallow clone, or no clone)")
     commits = {measured_at(path)["commit"] for path in RESULTS}
     foreign = [c for c in commits if git("merge-base", "--is-ancestor", c, "HEAD").returncode != 0]

@@ -46,7 +46,7 @@ class CudaRecorder:
         self._pool: Any = None
 
     def record(self, work: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]]:
-        """Record work as a graph (see Recorder), after some runs; RuntimeError where it waits for the host."""
+        """Record work as a graph (see Recorder) after some runs; RuntimeError if it waits for the host."""
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):

@@ -76,7 +76,7 @@ class EngineReport:
         return ran / max(sum(flops), 1)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each step: name, op, shape, pattern, density, ms per image, kernel, reason and share."""
+        """One row per step: name, op, shape, pattern, density, ms per image, kernel, reason and share."""
         total = sum(report.ms for report in self.steps)
         rows = []
         for step, report in zip(self.plan.steps, self.steps, strict=True):
