@@ -144,10 +144,10 @@ def test_the_readme_shows_whole_iterations_from_a_report(tmp_path: Path) -> None
         make_step("search", "block:32x32 bfloat16", 0.1, 1.0, torch_float32=3.0) | {"prompt_in": "none"},
         make_step("search", "block:32x32 bfloat16", 0.1, 1.0, torch_float32=3.0) | {"batch": 8},
     ]
-    machine = {"date": "2026-01-02", "cpu": "Some CPU", "isa": ["avx2"], "threads": 2}
+    machine = {"date": "2026-01-02", "cpu": "Some CPU", "isa": ["avx2"], "threads": 2, "commit": "0" * 40}
     path = tmp_path / "train-some.json"
     path.write_text(json.dumps({"steps": rows, "fingerprint": machine}))
     heading, _, head, _, *body = readme.render_training(path).splitlines()
-    assert "2026-01-02, Some CPU, AVX2, 2 threads" in heading
+    assert "2026-01-02, Some CPU, AVX2, 2 threads, commit 0000000;" in heading
     assert head == "| iteration | ours | torch float32 | over the fastest (95 %) |"
     assert body == ["| search framed, block:32x32, bfloat16 | 200 | 800 | 4.0x (4.0 to 4.0) |"]
