@@ -100,7 +100,7 @@ class Untraced:
         return y
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """As those of `Deployed`: each layer alone."""
+        """Figures by layer as `Deployed.rows` has them: each layer is timed alone."""
         calls = record_layers(self._network, self._x, (*_SPARSE, nn.Conv2d, nn.Linear))
         with torch.no_grad():
             timed = interleave({name: partial(layer, x) for name, layer, x in calls}, _LAYER_ROUNDS)
@@ -118,7 +118,7 @@ class Untraced:
         return found
 
     def dense_ms(self) -> dict[str, float]:
-        """Nothing: no engine chose."""
+        """No times: no engine has made a choice."""
         return {}
 
 
