@@ -9,6 +9,12 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from vpns.option_help import add_debug, asks_help
+
+_USAGE = """vpns bench RUN [--dry-run]
+       vpns bench ARTIFACT [options]
+       vpns bench --model NAME [options]"""
+
 _SEEDS, _QUICK_SEEDS = 5, 1
 _ROUNDS, _QUICK_ROUNDS, _LAYER_ROUNDS, _QUICK_LAYER_ROUNDS = 30, 10, 10, 3
 # What the fastest dense engine is looked for among in a hurry; the first two must be there to speak of it.
@@ -31,6 +37,7 @@ class BenchOptions:
         seeds: how many random masks.
         device: cpu or cuda, for all engines.
         json: where the results go, with a plot beside them.
+        shows_goals: whether to print which of this project's own goals were met; the JSON has them always.
     """
 
     models: tuple[str, ...]
@@ -46,6 +53,7 @@ class BenchOptions:
     layer_rounds: int = _LAYER_ROUNDS
     threads: int | None = None
     json: Path | None = None
+    shows_goals: bool = False
 
     def __post_init__(self) -> None:
         for name, values in (("batch", self.batches), ("size", self.sizes)):
@@ -65,10 +73,15 @@ class BenchOptions:
 
 
 def find_bench(arguments: Sequence[str]) -> list[str] | None:
-    """The options of `vpns bench --model ...` or `vpns bench ARTIFACT ...`; None for the stage of a run."""
+    """The options of `vpns bench --model ...` or `vpns bench ARTIFACT ...`; None for the stage of a run.
+
+    Where help is asked for, it is that of all three.
+    """
     if list(arguments[:1]) != ["bench"]:
         return None
     options = list(arguments[1:])
+    if asks_help(options):
+        return options
     if any(option == "--model" or option.startswith("--model=") for option in options):
         return options
     if options and (Path(options[0]) / "manifest.json").is_file():
@@ -80,13 +93,15 @@ def parse_bench(options: Sequence[str]) -> BenchOptions:
     """What they say; ArgumentError or ValueError where they are wrong."""
     parser = ArgumentParser(
         prog="vpns bench",
-        description="Time a network, pruned and deployed, against every dense engine installed.",
+        usage=_USAGE,
+        description=(
+            "Time a network, pruned and deployed, against every dense engine installed. A RUN is timed "
+            "against those that are ready within seconds, for its report; the options are of the other two."
+        ),
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model", type=str, required=True, help="name, module:factory, or folder; several with commas"
-    )
+    parser.add_argument("--model", type=str, help="name, module:factory, or folder; several with commas")
     parser.add_argument("--pattern", type=str, help="of random masks; several with commas (default: block)")
     parser.add_argument("--density", type=str, help="kept fraction; several with commas (default: 0.1)")
     parser.add_argument("--batch", type=str, default="16", help="images at once; several with commas")
@@ -99,7 +114,8 @@ def parse_bench(options: Sequence[str]) -> BenchOptions:
     parser.add_argument("--threads", type=int, help="of every engine (default: torch's)")
     parser.add_argument("--json", type=str, help="where the results go, with a plot beside them")
     parser.add_argument("--quick", action="store_true", help="one mask, fewer engines and rounds: minutes")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    parser.add_argument("--goals", action="store_true", help="print which of this project's goals were met")
+    add_debug(parser)
     given = parser.parse_args(list(options))
     opponents = _words(given.opponents, str, "opponents")
     if opponents is None and given.quick and given.device == "cpu":
@@ -118,6 +134,7 @@ def parse_bench(options: Sequence[str]) -> BenchOptions:
         layer_rounds=_QUICK_LAYER_ROUNDS if given.quick else _LAYER_ROUNDS,
         threads=given.threads,
         json=None if given.json is None else Path(given.json),
+        shows_goals=given.goals,
     )
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from vpns.option_help import add_debug
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -35,6 +37,7 @@ def parse_data(arguments: Sequence[str]) -> DataOptions:
     )
     tasks = parser.add_subcommands(dest="task")
     check = ArgumentParser(exit_on_error=False)
+    add_debug(check)
     check.add_argument("folder", type=str, help="data.root of a run")
     check.add_argument("--name", type=str, help="of the data set (default: all that are found)")
     check.add_argument("--quick", action="store_true", help="do not decode the images")
@@ -42,6 +45,7 @@ def parse_data(arguments: Sequence[str]) -> DataOptions:
         "check", check, help="say what is there and what is missing; exit code 2 if anything is"
     )
     download = ArgumentParser(exit_on_error=False)
+    add_debug(download)
     download.add_argument("name", type=str, help="of the data set")
     download.add_argument("folder", type=str, help="data.root of a run; made if it is missing")
     tasks.add_subcommand("download", download, help="fetch a data set from where its authors offer it")

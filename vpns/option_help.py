@@ -5,12 +5,23 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
 # "Args:" to the next section; an entry is "name: words", or "one, other: words", with further lines.
 _SECTION = re.compile(r"^Args:\n(.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
 _ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*?)(?=^ {4}\S|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def add_debug(parser: ArgumentParser) -> None:
+    """For the help of every command: `main` takes it out before any parser sees it."""
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+def asks_help(options: Sequence[str]) -> bool:
+    """Whether a command line asks what it may be."""
+    return "--help" in options or "-h" in options
 
 
 def describe_options(parser: ArgumentParser, settings: type) -> None:

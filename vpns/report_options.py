@@ -9,6 +9,12 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from vpns.option_help import add_debug, asks_help
+
+_USAGE = """vpns report RUN [--dry-run]
+       vpns report RUN RUN ... [--output FOLDER]
+       vpns report SWEEP [--output FOLDER]"""
+
 
 @dataclass(frozen=True)
 class CompareOptions:
@@ -16,14 +22,18 @@ class CompareOptions:
 
     folders: tuple[Path, ...]
     output: Path
-    is_debug: bool = False
 
 
 def find_comparison(arguments: Sequence[str]) -> list[str] | None:
-    """The options of `vpns report RUN RUN...` or `vpns report SWEEP`; None for the report of one run."""
+    """The options of `vpns report RUN RUN...` or `vpns report SWEEP`; None for the report of one run.
+
+    Where help is asked for, it is that of both.
+    """
     if list(arguments[:1]) != ["report"]:
         return None
     options = list(arguments[1:])
+    if asks_help(options):
+        return options
     # By argparse itself, which tells apart what it does not know: settings of one run.
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ahead.add_argument("folders", nargs="*")
@@ -37,11 +47,17 @@ def find_comparison(arguments: Sequence[str]) -> list[str] | None:
 
 def parse_comparison(options: Sequence[str]) -> CompareOptions:
     """What they say; a sweep alone keeps its comparison."""
-    parser = ArgumentParser(prog="vpns report", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", type=str, help="runs, or sweeps")
+    parser = ArgumentParser(
+        prog="vpns report",
+        usage=_USAGE,
+        description="Write the report of a run, or one that compares several runs.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folders", nargs="+", type=str, help="runs, or sweeps with all their runs")
     parser.add_argument("--output", type=str, help="folder of the comparison (default: comparison)")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    add_debug(parser)
     given = parser.parse_args(list(options))
     folders = tuple(dict.fromkeys(map(Path, given.folders)))
     own = folders[0] / "report" if len(folders) == 1 else Path("comparison")
-    return CompareOptions(folders, Path(given.output) if given.output else own, given.debug)
+    return CompareOptions(folders, Path(given.output) if given.output else own)

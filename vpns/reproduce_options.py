@@ -65,7 +65,6 @@ def parse_reproduce(options: Sequence[str]) -> ReproduceOptions:
         where=given.on,
         ray_address=given.ray_address,
         is_dry=given.dry_run,
-        is_debug=given.debug,
     )
     return ReproduceOptions(
         experiment=given.experiment,

@@ -10,6 +10,8 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser
 
+from vpns.option_help import add_debug
+
 # More processes than this gain little where each holds a network, and may take more memory than there is.
 _MOST_WORKERS = 4
 
@@ -33,7 +35,6 @@ class SweepOptions:
     where: Literal["local", "ray"] = "local"
     ray_address: str | None = None
     is_dry: bool = False
-    is_debug: bool = False
 
     def __post_init__(self) -> None:
         for name in ("workers", "threads"):
@@ -50,7 +51,7 @@ def add_worker_options(parser: ArgumentParser) -> None:
     parser.add_argument("--on", type=Literal["local", "ray"], default="local", help="who does the runs")
     parser.add_argument("--ray-address", type=str, help="of a started cluster (default: one of its own)")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and an estimate of their cost")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    add_debug(parser)
 
 
 def parse_sweep(options: Sequence[str]) -> SweepOptions:
@@ -77,7 +78,6 @@ def parse_sweep(options: Sequence[str]) -> SweepOptions:
         where=given.on,
         ray_address=given.ray_address,
         is_dry=given.dry_run,
-        is_debug=given.debug,
     )
 
 

@@ -74,7 +74,7 @@ def test_a_report_is_printed_written_and_drawn(
     printed = capsys.readouterr().out
     assert "## tiny_task:build, block:4x4 at density 0.5, 16 px, batch 2" in printed
     assert "not all were measured that may be the best" in printed
-    assert "| conv2 | 8→8 3x3 @8 /1 | 0.500 |" in printed
+    assert "| conv2 | 8→8 3x3 @8x8 | 0.500 |" in printed
 
 
 def test_a_run_and_its_artifact_are_measured_as_they_were_pruned(
@@ -124,6 +124,11 @@ def test_a_gpu_has_opponents_of_its_own(tiny_task: ModuleType, monkeypatch: pyte
     assert report["settings"]["device"] == "cuda"
     assert {row["best_dense"] for row in cell["layers"] if row["density"] is not None} == {"torch"}
     assert "tiny_task:build, block:4x4 at density 0.5" in to_text(report)
+    # This project's own goals are nothing to who measures a network of his own, but by the JSON.
+    assert report["targets"]
+    assert "MISSED" not in to_text(report)
+    assert "Goals" not in to_text(report)
+    assert "Goals of this project" in to_text(report, has_goals=True)
 
 
 def test_a_run_on_a_gpu_is_measured_there_too(

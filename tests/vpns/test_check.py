@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import vpns.stages.check
+from vpns.complaint import CheckError
 from vpns.observe import Checked, Observer
 from vpns.run import execute
 from vpns.stages.exactness import Exactness
@@ -58,11 +59,11 @@ def test_a_relu_that_a_rounding_turns_is_no_error_but_a_wrong_kernel_is() -> Non
     for ours in (exact, turned):
         assert judge(ours, exact) < 1
         assert judge(ours, turned) < 1
-    with pytest.raises(ArithmeticError, match=r"search, iteration 2: .* gradient of a within 1\.4e-05"):
+    with pytest.raises(CheckError, match=r"search, iteration 2: .* gradient of a within 1\.4e-05"):
         judge([*exact[:2], *[5e-5] * 18], exact)
-    with pytest.raises(ArithmeticError, match=r"search, iteration 19: .* gradient of a within 0\.016"):
+    with pytest.raises(CheckError, match=r"search, iteration 19: .* gradient of a within 0\.016"):
         judge([*exact[:19], 0.02], exact)
-    with pytest.raises(ArithmeticError, match="iteration 3: expected a finite gradient of a, got nan"):
+    with pytest.raises(CheckError, match="iteration 3: expected a finite gradient of a, got nan"):
         judge([*exact[:3], float("nan"), *exact[4:]], exact)
 
 
@@ -77,7 +78,7 @@ def test_a_gradient_that_is_off_stops_the_stage_before_it_begins_and_is_named(
 
     monkeypatch.setattr(SparseConv2d, "_convolve", distorted)
     config = tiny_task.make_config()
-    with pytest.raises(ArithmeticError, match=r"tune, iteration 0: expected the gradient of network\.conv"):
+    with pytest.raises(CheckError, match=r"tune, iteration 0: expected the gradient of network\.conv"):
         execute(tmp_path, config, "tune", checks=True)
     assert load_state(tmp_path / "tune") is None
     monkeypatch.undo()
@@ -101,6 +102,6 @@ def test_a_mask_that_differs_away_from_the_threshold_stops_the_stage(
         compare(kernels, reference, where)
 
     monkeypatch.setattr(vpns.stages.check, "_compare_masks", spoiled)
-    with pytest.raises(ArithmeticError, match=r"search, iteration 0: expected the reference's mask of conv2"):
+    with pytest.raises(CheckError, match=r"search, iteration 0: expected the reference's mask of conv2"):
         execute(tmp_path, tiny_task.make_config(), "search", checks=True)
     assert torch.is_grad_enabled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_every_setting_is_described_where_help_is_asked_for(capsys: pytest.Captu
 
 def test_without_options_the_settings_are_the_defaults(tmp_path: Path) -> None:
     assert cli.parse(["run", str(tmp_path)]) == cli.Asked(tmp_path, "run", RunConfig())
-    asked = cli.Asked(Path("x"), "search", RunConfig(), is_debug=True, checks=True)
+    asked = cli.Asked(Path("x"), "search", RunConfig(), checks=True)
     assert cli.parse(["search", "--run-folder", "x", "--debug", "--check"]) == asked
     assert cli.parse(["eval", "--run_folder=x"]).folder == Path("x")
 
@@ -144,9 +145,88 @@ def test_what_goes_wrong_in_a_run_is_one_line(
     assert message in last
 
 
-def test_debug_shows_where_an_error_comes_from(tmp_path: Path, tiny_task: ModuleType) -> None:
-    with pytest.raises(ValueError, match="expected method in"):
-        cli.main(["search", str(tmp_path), *TINY, "--method=magic", "--debug"])
+def test_debug_shows_where_an_error_comes_from(
+    tmp_path: Path, tiny_task: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["search", str(tmp_path), *TINY, "--method=magic"]
+    assert cli.main(wrong) == 2
+    assert capsys.readouterr().err.endswith(" (--debug shows where)\n")
+    assert cli.main([*wrong, "--debug"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback")
+    last = printed.splitlines()[-1]
+    assert "expected method in" in last
+    assert "--debug" not in last
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--densty=1"],
+        ["report", "nope"],
+        ["report", "nope", "neither"],
+        ["bench", "nope"],
+        ["bench", "--model=nope"],
+        ["export", "nope"],
+        ["data", "check", "nope"],
+        ["data", "download", "nope", "nowhere"],
+        ["sweep", "nope.yaml"],
+        ["reproduce", "nope"],
+        ["doctor", "--nope"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_takes_debug_wherever_it_stands(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in range(len(arguments) + 1):
+        assert cli.main([*arguments[:place], "--debug", *arguments[place:]]) == 2
+        assert capsys.readouterr().err.startswith("Traceback")
+
+
+@pytest.mark.parametrize("defect", [RuntimeError, TypeError, KeyError, ZeroDivisionError, AssertionError])
+def test_a_defect_of_ours_keeps_its_traceback(
+    defect: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise defect("ours")
+
+    monkeypatch.setattr(run, "execute", fail)
+    with pytest.raises(defect, match="ours"):
+        cli.main(["run", str(tmp_path)])
+
+
+def test_the_bare_command_and_its_version_tell_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    printed = capsys.readouterr().err
+    assert all(name in printed for name in (*cli.COMMANDS, "data", "doctor", "reproduce", "sweep"))
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert re.fullmatch(r"vpns \d\S+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("command", "told", "other"),
+    [
+        (
+            "bench",
+            ("bench RUN", "bench ARTIFACT", "bench --model NAME", "--opponents", "--quick"),
+            "--search",
+        ),
+        ("report", ("report RUN", "report RUN RUN", "report SWEEP", "--output"), "--search"),
+        ("export", ("--format", "--run-folder"), "--search"),
+        ("eval", ("--search.lr",), "--output"),
+    ],
+)
+def test_help_tells_what_a_command_takes(
+    command: str, told: tuple[str, ...], other: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in (*told, "--debug"))
+    assert other not in printed
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(

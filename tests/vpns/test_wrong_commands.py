@@ -186,3 +186,26 @@ def test_debug_shows_where_a_comparison_fails(capsys: Capture) -> None:
     Path("sweep/sweep.json").write_text(json.dumps({"schema_version": 0}))
     assert main(["report", "sweep", "--debug"]) == EXIT_ERROR
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_folder_to_bench_that_is_none_is_told_what_it_may_be(capsys: Capture) -> None:
+    expect_error(capsys, ["bench", "nope"], "got nope, which is not there (it may also be an artifact's;")
+    Path("empty").mkdir()
+    expect_error(capsys, ["bench", "empty"], "got empty, which holds no run.json")
+    expect_error(capsys, ["report", "empty"], "(vpns run FOLDER makes a run)")
+
+
+def test_what_a_network_cannot_be_given_is_named(capsys: Capture) -> None:
+    Path("narrow.py").write_text(
+        "from torch import nn\n"
+        "def build(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, num_classes))\n"
+        "def number(num_classes):\n"
+        "    return num_classes\n"
+    )
+    command = ["bench", "--opponents=torch float32", "--model"]
+    assert main([*command, "narrow:build", "--size=9"]) == EXIT_ERROR
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "expected a network that takes images [N, 3, 9, 9], got 'narrow:build'" in last
+    expect_error(capsys, [*command, "narrow:number"], "to return a torch.nn.Module, got int")
+    expect_error(capsys, [*command, "narrow:build", "--device=abacus"], "cpu or cuda, got 'abacus'")

@@ -29,7 +29,7 @@ def bench_model(options: BenchOptions) -> dict[str, Any]:
 
     Raises:
         ValueError: options that the network cannot have, or a device that is not there.
-        RuntimeError: a dense engine that was asked for and is not there.
+        NotImplementedError: a dense engine that was asked for and is not there.
     """
     on_cpu = options.device == "cpu"
     device = torch.device("cpu") if on_cpu else find_gpu(options.device)
@@ -48,6 +48,8 @@ def bench_model(options: BenchOptions) -> dict[str, Any]:
     finally:
         torch.set_num_threads(before)
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
+    # Of what is printed, not of what is measured.
+    del settings["shows_goals"]
     return {
         "schema_version": SCHEMA_VERSION,
         "machine": machine,
@@ -92,6 +94,7 @@ def _cells(
     if subject.engine is not None and set(sizes) != {subject.size}:
         raise ValueError(f"bench: expected --size {subject.size} of {subject.name!r}, got {list(sizes)}")
     for size in sizes:
+        _expect_taken(subject.name, dense, size)
         for batch in options.batches:
             x = _images(batch, size)
             _say(f"{subject.name}: {size} px, batch {batch}: getting the dense engines ready")
@@ -110,6 +113,19 @@ def _cells(
                     "batch": batch,
                     "size": size,
                 } | cell
+
+
+@torch.no_grad()
+def _expect_taken(name: str, network: nn.Module, size: int) -> None:
+    """Refuse a size that the network does not take, in words that name the option."""
+    try:
+        network(_images(1, size))
+    except Exception as error:
+        # A user's own forward may raise anything.
+        raise ValueError(
+            f"bench: expected a network that takes images [N, 3, {size}, {size}], got {name!r}: "
+            f"{type(error).__name__}: {error} (--size sets the size)"
+        ) from error
 
 
 def _pruned(

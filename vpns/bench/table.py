@@ -1,4 +1,4 @@
-"""How is a bench report read by people? The whole network against each engine, then its layers and goals."""
+"""How is a bench report read by people? The whole network against each engine, then its layers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Any
 from vpns.report.markdown import show_number, to_markdown
 
 
-def to_text(report: dict[str, Any]) -> str:
-    """The report in markdown."""
+def to_text(report: dict[str, Any], has_goals: bool = False) -> str:
+    """The report in markdown.
+
+    Args:
+        has_goals: whether to end with what this project wants of such figures.
+    """
     machine = report["machine"]
     gpu = f"{machine['gpu']}; " if "gpu" in machine else ""
     lines = [
@@ -17,7 +21,8 @@ def to_text(report: dict[str, Any]) -> str:
     ]
     for cell in report["cells"]:
         lines += ["", f"## {_title(cell)}", "", _headline(cell), "", _engines(cell), "", _layers(cell)]
-    lines += ["", "## Goals", "", _goals(report["targets"])]
+    if has_goals:
+        lines += ["", "## Goals of this project", "", _goals(report["targets"])]
     return "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ def call_factory(name: str, num_classes: int) -> nn.Module:
         except (Exception, SystemExit) as error:
             raise _blame(name, f"to return a network for num_classes={num_classes}", error) from error
     if not isinstance(model, nn.Module):
-        raise TypeError(
+        raise ValueError(
             f"call_factory: expected {name!r} to return a torch.nn.Module, got {type(model).__name__}"
         )
     if not any(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules()):
@@ -48,10 +48,8 @@ def call_factory(name: str, num_classes: int) -> nn.Module:
 
 
 def _blame(name: str, duty: str, error: BaseException) -> ValueError:
-    """The user's own code may raise anything, few of which name it; --debug shows where."""
-    return ValueError(
-        f"call_factory: expected {name!r} {duty}, got {type(error).__name__}: {error} (--debug shows where)"
-    )
+    """The user's own code may raise anything, few of which name it."""
+    return ValueError(f"call_factory: expected {name!r} {duty}, got {type(error).__name__}: {error}")
 
 
 @contextmanager

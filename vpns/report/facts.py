@@ -139,13 +139,15 @@ def _read_choice(path: Path) -> dict[str, Any]:
 
 def _read_bench(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"write_report: expected the timings {path}, got none (run: vpns bench)")
+        raise FileNotFoundError(
+            f"write_report: expected the timings {path}, got none (run: vpns bench {path.parent.parent})"
+        )
     bench = read_json(path)
     if bench.get("schema_version") != SCHEMA_VERSION or not bench.get("networks"):
         raise ValueError(
             f"write_report: expected schema_version {SCHEMA_VERSION} and networks in {path}, "
             f"got {bench.get('schema_version')} and {bench.get('networks')!r} (remove {path.parent} and "
-            "run: vpns bench)"
+            f"run: vpns bench {path.parent.parent})"
         )
     return bench
 

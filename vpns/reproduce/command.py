@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from vpns.complaint import USER_ERRORS
 from vpns.config import RunConfig, flatten
 from vpns.files import make_folder, write_json
 from vpns.observe import Progress
@@ -56,10 +55,6 @@ def do_reproduce(options: ReproduceOptions) -> int:
     except KeyboardInterrupt:
         print(f"vpns: interrupted; vpns reproduce {experiment.name} goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except USER_ERRORS:
-        if sweep.is_debug:
-            sys.excepthook(*sys.exc_info())
-        raise
     # Where the pretrained network lies is of this machine alone.
     told = {key: value for key, value in settings.items() if key != "model.weights"}
     content = {"schema_version": SCHEMA_VERSION, "machine": fingerprint(), "settings": told} | found

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpns.batches import Batch, derive_seed, iterate_epoch
+from vpns.complaint import CheckError
 from vpns.observe import Checked
 from vpns.optimizers import load_optimizer, optimizer_tensors
 from vpns.predictor import Predictor
@@ -43,7 +44,7 @@ def compare_training(kernels: Training, reference: Training, context: Context) -
         kernels, reference: at the same state, over tensors of their own; used up.
 
     Raises:
-        ArithmeticError: naming stage, iteration and tensor, where they differ by more than the bound.
+        CheckError: naming stage, iteration and tensor, where they differ by more than the bound.
     """
     batches = islice(_batches(kernels, reference, context), ITERATIONS)
     pairs = _pair_tensors(kernels, reference)
@@ -150,7 +151,7 @@ def _measure_gradients(
         if truth is None:
             continue
         if pair.ours.grad is None or pair.reference.grad is None:
-            raise ArithmeticError(f"iteration {iteration}: expected a gradient of {pair.name}, got none")
+            raise CheckError(f"iteration {iteration}: expected a gradient of {pair.name}, got none")
         truth = pair.arrange(truth)
         ours = float((pair.ours.grad.double() - truth).norm())
         theirs = float((pair.arrange(pair.reference.grad).double() - truth).norm())
@@ -170,6 +171,6 @@ def _compare_masks(kernels: Learner, reference: Learner, where: str) -> None:
         is_near = (other.scores.abs() - thresholds[1]).abs() <= apart
         wrong = int(((module.mask != other.mask) & ~is_near).sum())
         if wrong:
-            raise ArithmeticError(
+            raise CheckError(
                 f"{where}: expected the reference's mask of {name} but at the threshold, got {wrong} others"
             )

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vpns.complaint import CheckError
+
 # The reference's error is one sample of what roundings do: ours may be this many times as large, more where
 # the gradient is zero but for roundings (of a bias before a batch norm).
 _TIMES, _TIMES_OF_NOISE = 4, 10
@@ -41,10 +43,10 @@ class Exactness:
         """Norms of a gradient's errors and of itself, in float64.
 
         Raises:
-            ArithmeticError: where ours is not a number.
+            CheckError: where ours is not a number.
         """
         if not math.isfinite(ours):
-            raise ArithmeticError(
+            raise CheckError(
                 f"{self._stage}, iteration {iteration}: expected a finite gradient of {name}, got {ours}"
             )
         size = max(size, 1e-300)
@@ -54,7 +56,7 @@ class Exactness:
         """The largest share of its bound that any gradient is off.
 
         Raises:
-            ArithmeticError: naming stage, iteration and tensor, where it is more than the bound.
+            CheckError: naming stage, iteration and tensor, where it is more than the bound.
         """
         known = [error.theirs for errors in self._errors.values() for error in errors if error.theirs < 0.5]
         largest = max(known, default=0.0)
@@ -72,7 +74,7 @@ class Exactness:
                 bound = _TIMES * theirs + self._floor
                 if found.ours > bound:
                     first = next(error for error in errors if error.ours > bound)
-                    raise ArithmeticError(
+                    raise CheckError(
                         f"{self._stage}, iteration {first.iteration}: expected the gradient of {name} within "
                         f"{bound:.3g} of float64, as a share of it, got {first.ours:.3g} "
                         f"(the reference: {first.theirs:.3g}; --backend reference trains by it)"

@@ -102,7 +102,7 @@ def _check_network(network: nn.Module, classes: int, canvas: int, device: torch.
         # A user's own forward may raise anything.
         raise ValueError(
             f"pretrain: expected a model that takes images [N, 3, {canvas}, {canvas}], got {name}: "
-            f"{type(error).__name__}: {error} (prompt.canvas sets the size, --debug shows where)"
+            f"{type(error).__name__}: {error} (prompt.canvas sets the size)"
         ) from error
     shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != [2, classes]:

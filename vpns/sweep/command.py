@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from vpns.complaint import USER_ERRORS
 from vpns.report.outcome import Row
 from vpns.report.several import compare_folders
 from vpns.sweep.estimate import estimate_cost
@@ -34,10 +32,6 @@ def do_sweep(grid: Grid, options: SweepOptions, again: str) -> int:
             print(tell_cost(grid, options))
             return 0
         swept = run_sweep(grid, options)
-    except USER_ERRORS:
-        if options.is_debug:
-            traceback.print_exc()
-        raise
     except KeyboardInterrupt:
         print(f"vpns: interrupted; `{again}` goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -39,7 +39,8 @@ def bench_network(network: nn.Module, pattern: Pattern, x: Tensor, rounds: int =
         sparse_ms, sparse_dtype, speedup with its 95 % interval, max_rel_err, sparse_flops_frac, layers.
 
     Raises:
-        RuntimeError: a GPU's dense engine that cannot run, or outputs that are not the network's.
+        NotImplementedError: a GPU's dense engine that cannot run.
+        RuntimeError: outputs that are not the network's.
     """
     if x.device.type == "cpu":
         return _bench(_find_quick_rivals(network, x), Clock(), network, pattern, x, rounds)

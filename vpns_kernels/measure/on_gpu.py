@@ -28,7 +28,10 @@ def find_gpu(name: str) -> torch.device:
     Raises:
         ValueError: another kind of device, or a GPU that torch cannot use.
     """
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"bench: expected device cpu or cuda, got {name!r}") from error
     if device.type != "cuda":
         raise ValueError(f"bench: expected device cpu or cuda, got {name!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -49,7 +52,7 @@ def find_gpu_rivals(network: nn.Module, x: Tensor, names: Iterable[str] | None =
 
     Raises:
         ValueError: a name that is none of them.
-        RuntimeError: one that cannot run here.
+        NotImplementedError: one that cannot run here.
     """
     asked = tuple(GPU_OPPONENTS if names is None else names)
     if unknown := [name for name in asked if name not in GPU_OPPONENTS]:
@@ -60,7 +63,7 @@ def find_gpu_rivals(network: nn.Module, x: Tensor, names: Iterable[str] | None =
         cast, given = cast_network(subject.network, x, torch.bfloat16)
         found = subject.check(Opponent(name, _MAKERS[name](cast, given)))
         if found.call is None:
-            raise RuntimeError(f"bench: expected the dense engine {name!r}, got: {found.why_not}")
+            raise NotImplementedError(f"bench: expected the dense engine {name!r}, got: {found.why_not}")
         calls[name] = found.call
     return Rivals(calls, needed=GPU_OPPONENTS)
 

@@ -107,7 +107,7 @@ def find_rivals(network: nn.Module, x: Tensor, names: Iterable[str] | None = Non
         names: all that are installed by default, and then none but FURTHER ones may be missing.
 
     Raises:
-        RuntimeError: an engine that cannot run here; says which others may be named.
+        NotImplementedError: an engine that cannot run here; says which others may be named.
     """
     asked = tuple(OPPONENTS if names is None else names)
     found = find_opponents(network, x, asked)
@@ -115,7 +115,7 @@ def find_rivals(network: nn.Module, x: Tensor, names: Iterable[str] | None = Non
     needed = [name for name in why_not if names is not None or name not in FURTHER]
     calls = {name: opponent.call for name, opponent in found.items() if opponent.call is not None}
     if needed:
-        raise RuntimeError(
+        raise NotImplementedError(
             f"bench: expected the dense engine {needed[0]!r}, got: {why_not[needed[0]]} (the fastest of the "
             f"others may be named with --opponents {','.join(repr(name) for name in calls) or 'NAMES'})"
         )
