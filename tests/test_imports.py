@@ -45,10 +45,12 @@ KERNEL_ROOMS = [
         "vpns_kernels.memory",
         "vpns_kernels.torchvision_import",
         "vpns_kernels.onnx_file",
+        "vpns_kernels.text_table",
     ),
 ]
 TRAINER_ROOMS = [
-    ("vpns.cli", "vpns.__main__", "vpns.option_help", "vpns.data_command"),
+    ("vpns.cli", "vpns.__main__"),
+    ("vpns.stage_options", "vpns.data_command"),
     ("vpns.reproduce",),
     ("vpns.sweep",),
     ("vpns.dry_run",),
@@ -79,6 +81,7 @@ TRAINER_ROOMS = [
     ("vpns.files", "vpns.torchvision"),
     (
         "vpns.config",
+        "vpns.option_help",
         "vpns.preset_files",
         "vpns.bench_options",
         "vpns.complaint",

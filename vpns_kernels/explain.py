@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from vpns_kernels.choose import Choice, Machine, break_even_density, choose, query_of, this_machine
+from vpns_kernels.choose import (
+    Candidate,
+    Choice,
+    Machine,
+    break_even_density,
+    choose,
+    query_of,
+    this_machine,
+)
+from vpns_kernels.choose_gpu import UNMEASURED
 from vpns_kernels.cost import TERMS, LayerQuery
 from vpns_kernels.patterns import Pattern
+from vpns_kernels.text_table import align
+
+# As a reason has it where coefficients were carried over.
+_UNMEASURED = "measured: false"
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A choice with its background; as a string, a table for people."""
+    """A choice with its background; as a string, for people: the kernels that can run the layer, the fastest
+    first, with what their estimates are made of, and then why the others cannot.
+
+    Behind ± stands by what share of itself an estimate may be off, in nine cases of ten. "measured: false"
+    says that nobody has measured the kernel on this kind of CPU: its estimate is carried over from another.
+    """
 
     query: LayerQuery
     machine: Machine
@@ -25,24 +44,32 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [_describe(self.query, self.machine), self.choice.reason, self._break_even(), ""]
-        names = [name for name in TERMS if any(self._part(c.kernel, name) for c in self.choice.candidates)]
-        head = ["kernel", "ms", *(TERMS[name] for name in names), "why"]
-        rows = []
+        able = sorted(
+            filter(_is_able, self.choice.candidates), key=lambda c: math.inf if c.ms is None else c.ms
+        )
+        names = [name for name in TERMS if any(_part(c, name) for c in able)]
+        table = [["  kernel", "ms", *(TERMS[name] for name in names), "why"]]
+        for candidate in able:
+            parts = [_figure(_part(candidate, name)) for name in names]
+            total = "-" if candidate.ms is None else _figure(candidate.ms)
+            is_chosen = candidate.kernel in (self.choice.kernel, f"{self.choice.kernel} {self.query.dtype}")
+            mark = "→ " if is_chosen else "  "
+            table.append([mark + candidate.kernel, total, *parts, candidate.reason])
+        lines += align(table)
+        if any("±" in candidate.reason for candidate in able):
+            lines += ["", "±: by how much an estimate may be off, in nine cases of ten"]
+        if any(_UNMEASURED in candidate.reason for candidate in able):
+            lines.append(
+                f"{_UNMEASURED}: nobody has, on this kind of CPU; carried over from another kernel or CPU"
+            )
+        refused: dict[str, list[str]] = {}
         for candidate in self.choice.candidates:
-            expected = candidate.estimate
-            parts = [_figure(self._part(candidate.kernel, name)) for name in names]
-            total = "-" if expected is None else _figure(expected.ms)
-            chosen = candidate.kernel in (self.choice.kernel, f"{self.choice.kernel} {self.query.dtype}")
-            rows.append([("→ " if chosen else "  ") + candidate.kernel, total, *parts, candidate.reason])
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        for row in (head, *rows):
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-            lines.append("  ".join(cells).rstrip())
+            if not _is_able(candidate):
+                refused.setdefault(candidate.reason, []).append(candidate.kernel)
+        if refused:
+            lines += ["", "cannot run this layer:"]
+            lines += [f"  {', '.join(kernels)}: {reason}" for reason, kernels in refused.items()]
         return "\n".join(lines)
-
-    def _part(self, kernel: str, name: str) -> float:
-        expected = next(c.estimate for c in self.choice.candidates if c.kernel == kernel)
-        return 0.0 if expected is None else expected.terms.get(name, 0.0)
 
     def _break_even(self) -> str:
         at = self.break_even_density
@@ -57,7 +84,7 @@ def explain(
     layer: nn.Module | LayerQuery,
     size: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
-    pattern: Pattern | None = None,
+    pattern: Pattern | str | None = None,
     machine: Machine | None = None,
     table: Mapping[str, Any] | None = None,
     quiet: bool = False,
@@ -91,6 +118,15 @@ def explain(
     return found
 
 
+def _is_able(candidate: Candidate) -> bool:
+    """Whether the kernel takes the layer; of a GPU, nobody has measured how fast."""
+    return candidate.estimate is not None or candidate.reason == UNMEASURED
+
+
+def _part(candidate: Candidate, name: str) -> float:
+    return 0.0 if candidate.estimate is None else candidate.estimate.terms.get(name, 0.0)
+
+
 def _device_of(layer: nn.Module | LayerQuery) -> torch.device | None:
     if isinstance(layer, LayerQuery):
         return None
@@ -98,7 +134,7 @@ def _device_of(layer: nn.Module | LayerQuery) -> torch.device | None:
 
 
 def _query(
-    layer: nn.Module, size: Sequence[int] | None, dtype: torch.dtype | None, pattern: Pattern | None
+    layer: nn.Module, size: Sequence[int] | None, dtype: torch.dtype | None, pattern: Pattern | str | None
 ) -> LayerQuery:
     # Here, for the time it takes to import the package.
     from vpns_kernels.modules import MaskedConv2d, MaskedLinear
@@ -123,13 +159,11 @@ def _query(
 
 
 def _describe(query: LayerQuery, machine: Machine) -> str:
-    g, (images, height, width) = query.geometry, query.size
-    filters = f"{g.in_channels}→{g.out_channels} {g.kernel_size[0]}x{g.kernel_size[1]}"
-    strides = "" if g.stride == (1, 1) else f" /{g.stride[0]}"
-    groups = "" if g.groups == 1 else f" in {g.groups} groups"
+    images, height, width = query.size
+    layer = query.geometry.describe(None if query.layer_class == "linear" else (height, width))
     blocks = f" {query.values_sizes[1]}x{query.values_sizes[2]}" if query.format == "block" else ""
     return (
-        f"{filters}{strides}{groups} @{height}x{width}, batch {images}, {query.dtype}, "
+        f"{layer}, batch {images}, {query.dtype}, "
         f"{query.format}{blocks} at density {query.density:.3g}; {machine}"
     )
 

@@ -63,6 +63,21 @@ class ConvGeometry:
         """[K, C / groups, R, S]."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
+    def describe(self, size: Pair | None) -> str:
+        """For people: channels, filter, what differs from the plain case, and the input's H, W.
+
+        Args:
+            size: None of a linear layer.
+        """
+        channels = f"{self.in_channels}→{self.out_channels}"
+        if size is None:
+            return f"{channels} linear"
+        down, across = self.stride
+        strides = "" if self.stride == (1, 1) else f" /{down}" if down == across else f" /{down}x{across}"
+        groups = "" if self.groups == 1 else f" in {self.groups} groups"
+        filters = f"{self.kernel_size[0]}x{self.kernel_size[1]}"
+        return f"{channels} {filters}{strides}{groups} @{size[0]}x{size[1]}"
+
     def output_size(self, height: int, width: int) -> Pair:
         """Output P, Q for an input of H, W pixels; ValueError where the filter does not fit the input."""
         size = []

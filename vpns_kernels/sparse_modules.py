@@ -24,7 +24,7 @@ from vpns_kernels.ops._torch import ACTS, autocast_input, finish, is_plain
 from vpns_kernels.ops.registry import OPS
 from vpns_kernels.ops.sparse_conv2d import sparse_conv2d
 from vpns_kernels.ops.sparse_conv2d_fused import check_inputs, sparse_conv2d_fused
-from vpns_kernels.patterns import Pattern, Unstructured
+from vpns_kernels.patterns import Channel, Pattern, Unstructured, parse_pattern
 from vpns_kernels.runners import Runner, prepare
 
 
@@ -142,16 +142,28 @@ class _Sparse(nn.Module):
 def _pack_layer(
     layer: nn.Conv2d | nn.Linear,
     mask: Tensor | None,
-    pattern: Pattern | None,
+    pattern: Pattern | str | None,
     dtype: torch.dtype | None,
     bn: Any,
 ) -> tuple[Packed, Tensor | None]:
+    pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern or Unstructured()
     # Before folding: a channel whose batch norm scales it by zero is kept nevertheless.
-    mask = layer.weight.detach() != 0 if mask is None else mask
+    mask = _find_kept(layer.weight.detach(), pattern) if mask is None else mask
     if bn is not None:
         layer = fold_batch_norm(layer, bn)
-    packed = pack(layer.weight, mask, pattern or Unstructured(), ConvGeometry.from_module(layer), dtype)
+    packed = pack(layer.weight, mask, pattern, ConvGeometry.from_module(layer), dtype)
     return packed, layer.bias
+
+
+def _find_kept(weight: Tensor, pattern: Pattern) -> Tensor:
+    """The mask that zeros tell of: a unit of the pattern is kept where any of its weights is not zero."""
+    kept = weight != 0
+    if not isinstance(pattern, Channel):
+        return pattern.expand(pattern.reduce_sum(kept.float()) > 0, tuple(weight.shape))
+    # Channels that the layer before has lost are input channels of zeros here.
+    kept_out, kept_in = (side.flatten(1).any(1) for side in (kept, kept.transpose(0, 1)))
+    pairs = kept_out[:, None] & kept_in[None, :]
+    return pairs.reshape(*pairs.shape, *(1 for _ in weight.shape[2:])).expand_as(weight)
 
 
 def check_kind(layer: nn.Module, kind: type[nn.Module]) -> None:
@@ -208,7 +220,7 @@ class SparseConv2d(_Sparse):
         cls,
         conv: nn.Conv2d,
         mask: Tensor | None = None,
-        pattern: Pattern | None = None,
+        pattern: Pattern | str | None = None,
         dtype: torch.dtype | None = None,
         kernel: str = "",
         act: str = "none",
@@ -216,7 +228,8 @@ class SparseConv2d(_Sparse):
     ) -> Self:
         """Pack a torch layer, with the batch norm (in evaluation mode) and the activation that follow it.
 
-        Without a mask the zeros of its weight are the mask, without a pattern it is unstructured.
+        Without a mask the zeros of its weight are the mask: a unit of the pattern (such as "block:32x32") is
+        kept where any of its weights is not zero. Without a pattern it is unstructured.
         """
         check_kind(conv, nn.Conv2d)
         packed, bias = _pack_layer(conv, mask, pattern, dtype, bn)
@@ -254,7 +267,7 @@ class SparseLinear(_Sparse):
         cls,
         linear: nn.Linear,
         mask: Tensor | None = None,
-        pattern: Pattern | None = None,
+        pattern: Pattern | str | None = None,
         dtype: torch.dtype | None = None,
         kernel: str = "",
         act: str = "none",
@@ -262,7 +275,8 @@ class SparseLinear(_Sparse):
     ) -> Self:
         """Pack a torch layer, with the batch norm (in evaluation mode) and the activation that follow it.
 
-        Without a mask the zeros of its weight are the mask, without a pattern it is unstructured.
+        Without a mask the zeros of its weight are the mask: a unit of the pattern (such as "block:32x32") is
+        kept where any of its weights is not zero. Without a pattern it is unstructured.
         """
         check_kind(linear, nn.Linear)
         packed, bias = _pack_layer(linear, mask, pattern, dtype, bn)

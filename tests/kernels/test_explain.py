@@ -42,6 +42,21 @@ def test_a_sparse_layer_a_pruned_layer_and_a_query_are_explained_alike(
     assert by_zeros.choice.reason in printed
 
 
+def test_what_can_run_comes_first_and_refusals_are_few_lines() -> None:
+    found = explain(pruned(0.1), (16, 28, 28), quiet=True)
+    able, _, refused = str(found).partition("cannot run this layer:\n")
+    rows = [line[2:].split() for line in able.splitlines() if line[2:].startswith(("unstructured", "dense"))]
+    times = [float(row[1] if row[0] != "dense" else row[2]) for row in rows]
+    assert times == sorted(times)
+    assert "block" not in able
+    assert len(refused.splitlines()) <= 5
+    names = {c.kernel for c in found.choice.candidates if c.estimate is None}
+    assert all(name in refused for name in names)
+    assert "±: by how much an estimate may be off" in able
+    is_carried = any(c.estimate and not c.estimate.measured for c in found.choice.candidates)
+    assert ("measured: false: nobody has" in able) == is_carried
+
+
 def test_a_masked_layer_is_explained_by_its_mask_and_pattern() -> None:
     masked = mask_layers(nn.Sequential(nn.Conv2d(32, 32, 3)), parse_pattern("block:16x16"))
     layer = masked[0]

@@ -53,6 +53,27 @@ def test_a_sparse_convolution_equals_the_dense_one(options: dict[str, Any], spec
             assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("spec", ["channel", "block:8x4", "unstructured"])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_a_weight_that_is_zero_by_chance_is_kept_with_its_unit(kind: str, spec: str) -> None:
+    dense = nn.Conv2d(16, 24, 3) if kind == "conv" else nn.Linear(16, 24)
+    with torch.no_grad():
+        # Eight outputs and four inputs are pruned; two other weights happen to be zero.
+        dense.weight[8:16] = 0
+        dense.weight[:, 4:8] = 0
+        dense.weight[0, 0] = 0
+        dense.weight.flatten()[-1] = 0
+    make = SparseConv2d.from_dense if kind == "conv" else SparseLinear.from_dense
+    layer = make(dense, pattern=spec)  # type: ignore[arg-type]
+    assert layer.pattern == parse_pattern(spec)
+    assert torch.equal(layer.dense_weight().view_as(dense.weight), dense.weight)
+    pruned = 16 * 12 * dense.weight[0, 0].numel()
+    by_chance = 0 if spec != "unstructured" else 1 + dense.weight[0, 0].numel()
+    assert layer.values.numel() == pruned - by_chance
+    x = torch.randn(2, 16, 5, 5) if kind == "conv" else torch.randn(2, 16)
+    torch.testing.assert_close(layer(x), dense(x))
+
+
 @pytest.mark.parametrize("groups", [2, 24])
 def test_grouped_convolutions_equal_the_dense_one(groups: int) -> None:
     torch.manual_seed(8)

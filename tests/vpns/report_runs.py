@@ -48,7 +48,7 @@ def make_network(image_size: int, speedup: float = 2.0, low: float = 1.8) -> dic
     layers = [
         {
             "layer": name,
-            "shape": f"64→64 3x3 @{image_size // 4} /1",
+            "shape": f"64→64 3x3 @{image_size // 4}x{image_size // 4}",
             "pattern": "block:2x2",
             "density": kept / torch.Size(shape).numel(),
             "dense_ms": 1.0,

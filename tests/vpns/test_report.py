@@ -186,7 +186,7 @@ def test_text_leads_with_the_result(report: Path) -> None:
     assert text.index("## Result") < text.index("## Diagnosis") < text.index("## Training")
     assert "98.50% of 2,000 test images right (with prompt), dense 98.00% (+0.50 points)" in text
     assert "at 32 px 2.00x as fast (torch bfloat16)" in text
-    assert "| layer1.0.conv1 | 64→64 3x3 @8 /1 |" in text
+    assert "| layer1.0.conv1 | 64→64 3x3 @8x8 |" in text
 
 
 def test_written_config_is_that_of_the_run_with_its_threads(report: Path) -> None:

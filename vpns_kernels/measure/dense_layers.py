@@ -70,21 +70,13 @@ def _tell(call: _Call, pattern: Pattern | None) -> dict[str, Any]:
     height, width = (1, 1) if is_linear else tuple(call.x.shape[2:])
     return {
         "layer": call.name,
-        "shape": _describe(geometry, height, is_linear),
+        "shape": geometry.describe(None if is_linear else (height, width)),
         "density": _unit_density(call.layer, pattern),
         "weight_density": float((call.layer.weight != 0).float().mean()),
         "flops": geometry.flops(
             call.x.numel() // call.x.shape[-1] if is_linear else len(call.x), height, width
         ),
     }
-
-
-def _describe(geometry: ConvGeometry, size: int, is_linear: bool) -> str:
-    if is_linear:
-        return f"{geometry.in_channels}→{geometry.out_channels} linear"
-    R, S = geometry.kernel_size
-    grouped = "" if geometry.groups == 1 else f" in {geometry.groups} groups"
-    return f"{geometry.in_channels}→{geometry.out_channels} {R}x{S} @{size} /{geometry.stride[0]}{grouped}"
 
 
 def _unit_density(layer: nn.Conv2d | nn.Linear, pattern: Pattern | None) -> float:
