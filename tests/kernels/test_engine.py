@@ -6,6 +6,7 @@ import copy
 import functools
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tests.kernels import networks
 from vpns_kernels import compile, native, parse_pattern
 from vpns_kernels.convert import freeze, mask_layers, mask_modules, sparsify, weight_masks
-from vpns_kernels.engine import Engine, TraceError
+from vpns_kernels.engine import Engine, TraceError, load
 from vpns_kernels.engine.drafts import Lowered
 from vpns_kernels.engine.lower import lower
 from vpns_kernels.engine.select import detect_pattern, draft_plan
@@ -188,9 +189,28 @@ def test_dense_is_chosen_where_nothing_is_pruned_and_the_report_says_so() -> Non
     report = compile(build("vgg"), images(1)).explain(quiet=True)
     assert report.sparse_flops_share == 0
     rows = {row["name"]: row for row in report.rows()}
-    assert {row["reason"] for row in rows.values()} == {"nothing is pruned", "no weights"}
+    for row in rows.values():
+        wanted = f"nothing is pruned: dense, natively by {row['kernel']}" if row["kernel"] else "no weights"
+        assert row["reason"] == wanted
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
     assert "nothing is pruned" in str(report)
+
+
+def test_what_was_chosen_is_told_where_both_forms_took_as_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    network = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU()).eval()
+    with torch.no_grad():
+        network[0].weight[:, 4:] = 0
+    monkeypatch.setattr(Engine, "profile", lambda self, x: [1e-3] * len(self.plan.steps))
+    engine = compile(network, torch.randn(2, 16, 8, 8), "float32")
+    (report,) = engine.reports
+    assert report.ms == report.sparse_ms == report.dense_ms
+    assert not report.is_sparse
+    assert "dense is faster here" in report.reason
+    assert engine.explain(quiet=True).sparse_flops_share == 0
+    engine.save(tmp_path / "engine")
+    assert load(tmp_path / "engine").reports == engine.reports
 
 
 def test_a_zero_by_chance_is_no_pruned_weight() -> None:
@@ -259,7 +279,7 @@ def test_what_cannot_be_compiled_is_refused_by_name() -> None:
         compile(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(Branching())).eval(), x)
     with pytest.raises(TraceError, match="returns one tensor, got tuple of 2"):
         compile(TwoResults().eval(), x)
-    with pytest.raises(ValueError, match="evaluation mode, got training at ''"):
+    with pytest.raises(ValueError, match="evaluation mode, got the network itself in training mode"):
         compile(build("vgg").train(), x)
     with pytest.raises(TypeError, match="expected a tensor as example_input, got list"):
         compile(build("vgg"), [1])  # type: ignore[arg-type]

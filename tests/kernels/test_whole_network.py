@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from tests.kernels.networks import Residual, depthwise
 from vpns_kernels import parse_pattern
+from vpns_kernels.engine import compile
 from vpns_kernels.measure import OPPONENTS, Opponent, Sample
 from vpns_kernels.measure.dense_layers import time_dense_layers
+from vpns_kernels.measure.deployed import Deployed
 from vpns_kernels.measure.network_targets import network_targets
 from vpns_kernels.measure.random_network import is_pruned, maskable_layers, prune_randomly, scale_weights
 from vpns_kernels.measure.whole_network import (
@@ -25,6 +27,7 @@ from vpns_kernels.measure.whole_network import (
     bench_whole,
     find_rivals,
 )
+from vpns_kernels.shrink import shrink
 
 QUICK = Settings(rounds=6, layer_rounds=2, rest_s=0.0, dtype="float32")
 
@@ -97,7 +100,7 @@ def test_dense_layers_are_told_in_order_with_shape_density_and_time() -> None:
     pruned = prune_randomly(scale_weights(Residual()), parse_pattern("unstructured"), 0.25, 0, images())
     rows = time_dense_layers(pruned, images(), rounds=1)
     assert [row["layer"] for row in rows][:3] == ["stem", "conv1", "conv2"]
-    assert rows[1]["shape"] == "8→8 3x3 @4 /1"
+    assert rows[1]["shape"] == "8→8 3x3 @4x4"
     assert rows[1]["density"] == rows[1]["weight_density"] == 0.25
     assert rows[1]["flops"] == 2 * 4 * 16 * 8 * 8 * 9
     assert rows[-1]["shape"] == "12→5 linear"
@@ -186,8 +189,40 @@ def test_a_cell_tells_times_ratios_errors_and_layers(spec: str) -> None:
     assert 0 <= cell["sparse_flops_frac"] <= 1
     if spec == "channel":
         by_name = {row["layer"]: row for row in cell["layers"]}
-        assert by_name["conv2"]["reason"] == "cut: 4 4 of 8 8 output and input channels are left"
+        assert by_name["conv2"]["reason"] == (
+            "channel pruning left 4 of 8 output and 4 of 8 input channels; the smaller layer runs dense"
+        )
         assert cell["flops_ratio"] > 2
+
+
+class Chosen(nn.Module):
+    """Some of a network's classes, as a label map takes them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("rows", torch.tensor([3, 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x).index_select(1, self.rows)
+
+
+@pytest.mark.parametrize("spec", [None, "block:4x4", "channel"])
+def test_classes_that_a_label_map_leaves_are_not_pruned_channels(spec: str | None) -> None:
+    pattern, x = None if spec is None else parse_pattern(spec), images()
+    dense = scale_weights(Residual())
+    pruned = dense if pattern is None else prune_randomly(dense, pattern, 0.5, 0, x)
+    smaller = shrink(pruned) if spec == "channel" else pruned
+    engine = compile(Chosen(smaller).eval(), x, "float32")
+    assert engine.plan.layers[-1].packed.geometry.out_channels == 2
+    rows = Deployed(Chosen(pruned).eval(), pattern, x, engine=engine).rows()
+    head = rows["network.head"]
+    if spec == "channel":
+        assert head["reason"] == ("channel pruning left 6 of 12 input channels; the smaller layer runs dense")
+    else:
+        assert "channel pruning" not in "".join(row["reason"] for row in rows.values())
+    if spec is None:
+        assert {row["choice"] for row in rows.values()} == {"dense"}
 
 
 def test_a_wrong_answer_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:

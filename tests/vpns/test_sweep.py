@@ -198,7 +198,7 @@ def test_runs_that_were_tested_are_timed_reported_and_compared(
     assert cli.main(["sweep", "grid.yaml", "--threads=1"]) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1] == "runs/grid/report/report.html"
-    assert "x dense" in printed.err
+    assert "x as fast as dense" in printed.err
     with Path("runs/grid/results.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["sparse_ms"]) > 0

@@ -122,7 +122,7 @@ class _Progress:
 def _tell_result(job: Job) -> str:
     found = describe_run(job.folder)
     if job.until == "report":
-        return f"{found['sparse_ms']:.3g} ms, {found['speedup']:.2f}x dense"
+        return f"{found['sparse_ms']:.3g} ms, {found['speedup']:.2f}x as fast as dense"
     if job.until == "eval":
         return f"accuracy {found['accuracy']:.1f} (dense {found['dense_accuracy']:.1f})"
     return ""

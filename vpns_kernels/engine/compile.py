@@ -101,7 +101,7 @@ def compile(
 
 
 def _cast_programs(lowered: Lowered, dtype: torch.dtype, example: Tensor) -> None:
-    """What is left to torch runs in the network's type, where torch has it for all of its operations."""
+    """What is left to torch runs in the network's type, where torch computes all of it in that type."""
     if dtype == torch.float32 or not lowered.programs:
         return
     cast = [program.cast(dtype) for program in lowered.programs]
@@ -112,7 +112,7 @@ def _cast_programs(lowered: Lowered, dtype: torch.dtype, example: Tensor) -> Non
         else:
             GpuEngine(plan, example.device, programs=cast, is_recorded=False)(example[:1])
     except RuntimeError as error:
-        why = f"in float32, as torch has not all of it in {str(dtype)[6:]}: {str(error).splitlines()[0]}"
+        why = f"in float32, as torch lacks some of it in {str(dtype)[6:]}: {str(error).splitlines()[0]}"
         cast = [replace(program, note=f"{program.note} ({why})") for program in lowered.programs]
     lowered.programs = cast
 
@@ -178,7 +178,7 @@ class _Rivals:
             known = (ours if self._pruned[place] else None, theirs if step.layer is not None else None)
             note = notes.get(self._lowered.steps[place].layer, "") if step.op == "torch" else ""
             ms, left = ours if takes_sparse else theirs, describe_pruning(step)
-            reports.append(StepReport(step.name, *known, ms, kernel, note, **left))
+            reports.append(StepReport(step.name, *known, ms, kernel, note, **left, is_sparse=takes_sparse))
         total = sum(report.ms for report in reports)
         return _Timed(chunk, total, {report.name: report.is_sparse for report in reports}, reports)
 

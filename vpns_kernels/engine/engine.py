@@ -87,7 +87,7 @@ class Engine:
         for report, kernel in zip(self.reports, self.kernels, strict=True):
             if report.kernel != kernel:
                 notes.append(
-                    f"{report.name}: compiled for {report.kernel}, which this CPU has not; {kernel} runs it"
+                    f"{report.name}: compiled for {report.kernel}, which this CPU lacks; {kernel} runs it"
                 )
         for first, count, rows in self.strips:
             names = self.plan.steps[first].name, self.plan.steps[first + count - 1].name

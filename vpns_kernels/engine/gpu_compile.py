@@ -96,7 +96,16 @@ def _time_layer(
     others = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     sparse_ms = min(sparse.values(), default=None)
     left = describe_pruning(step)
-    return StepReport(step.name, sparse_ms, dense_ms, times[kernel], kernel, others=others, **left)
+    return StepReport(
+        step.name,
+        sparse_ms,
+        dense_ms,
+        times[kernel],
+        kernel,
+        others=others,
+        is_sparse=kernel in sparse,
+        **left,
+    )
 
 
 def build_engine(

@@ -89,7 +89,7 @@ class _DenseFused:
 
 def _why_not_fused(weights: LayerWeights) -> str | None:
     if weights.device.type != "cuda":
-        return f"it is cuDNN's, got {weights.device}"
+        return f"it is a kernel of cuDNN for GPUs, got {weights.device}"
     if weights.is_linear or weights.step.act != "relu" or weights.constant is not None:
         return "it takes convolutions that end in ReLU"
     return None if weights.out_dtype == weights.dtype else "it writes what it reads"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +46,7 @@ def load(
             "(compile the network and save it)"
         )
     try:
-        reports = [StepReport(**fields) for fields in artifact.manifest["reports"]]
+        reports = [_read_report(fields) for fields in artifact.manifest["reports"]]
         programs = [
             open_program(artifact.read_program(number), described)
             for number, described in enumerate(artifact.manifest["programs"])
@@ -60,3 +62,9 @@ def load(
             f"load: expected no threads and at least 1 image on {device}, got {threads} and {images}"
         )
     return open_on_device(artifact.plan, reports, programs, torch.device(device), images)
+
+
+def _read_report(fields: Mapping[str, Any]) -> StepReport:
+    # Earlier artifacts do not tell what was chosen, but by what it took.
+    was_sparse = fields["sparse_ms"] is not None and fields["ms"] == fields["sparse_ms"]
+    return StepReport(**{"is_sparse": was_sparse, **fields})

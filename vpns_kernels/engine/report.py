@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vpns_kernels.engine.plan import Plan, PlanStep
+from vpns_kernels.text_table import align
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class StepReport:
         note: why torch runs it; empty of a native step.
         others: kernels that would leave out what was pruned and do not take the step, each with its reason.
         pattern, density: of what pruning has left, whichever way it runs; empty and None where nothing was.
+        is_sparse: whether what was pruned is left out, as it was chosen.
     """
 
     name: str
@@ -32,11 +33,7 @@ class StepReport:
     others: str = ""
     pattern: str = ""
     density: float | None = None
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether what was pruned is left out."""
-        return self.sparse_ms is not None and self.ms == self.sparse_ms
+    is_sparse: bool = False
 
     @property
     def reason(self) -> str:
@@ -49,10 +46,14 @@ class StepReport:
         if self.dense_ms is None:
             return "no weights"
         if self.sparse_ms is None:
-            return "nothing is pruned"
+            is_native = self.kernel.startswith("channel")
+            return (
+                f"nothing is pruned: dense, natively by {self.kernel}" if is_native else "nothing is pruned"
+            )
         if self.is_sparse:
-            return f"{self.dense_ms / self.sparse_ms:.1f}x dense"
-        return f"dense is faster here: {self.dense_ms:.3f} ms against {self.sparse_ms:.3f} ms sparse"
+            ratio = self.dense_ms / self.sparse_ms
+            return f"{ratio:.1f}x faster than dense ({self.sparse_ms:.4f} against {self.dense_ms:.4f} ms)"
+        return f"dense is faster here ({self.dense_ms:.4f} against {self.sparse_ms:.4f} ms)"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,6 @@ class EngineReport:
                     "shape": _shape(self.plan, step),
                     **asdict(report),
                     "density": 1.0 if layer is not None and report.density is None else report.density,
-                    "is_sparse": report.is_sparse,
                     "share": report.ms / total if total else 0.0,
                     "reason": report.reason,
                 }
@@ -118,7 +118,7 @@ class EngineReport:
             f"{len(self.steps)} steps, {_dtype(self.plan)}, {self.workers}; {total:.3f} ms per image, "
             f"{self.sparse_flops_share:.0%} of the dense multiplications in layers that run sparsely",
             *self.notes,
-            *_align(table),
+            *align(table),
         ]
         return "\n".join(lines)
 
@@ -131,24 +131,13 @@ def describe_pruning(step: PlanStep) -> dict[str, Any]:
     return {"pattern": packed.pattern.spec, "density": packed.density}
 
 
-def _align(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-
-
 def _shape(plan: Plan, step: PlanStep) -> str:
-    g = step.geometry
     if step.x is None:
         return ""
     x = plan.values[step.x]
-    if step.op == "linear":
-        return f"{g.in_channels}→{g.out_channels}"
-    if step.op != "conv2d":
+    if step.op not in ("conv2d", "linear"):
         return f"{x.channels} @{x.height}x{x.width}"
-    strides = "" if g.stride == (1, 1) else f" /{g.stride[0]}"
-    groups = "" if g.groups == 1 else f" in {g.groups} groups"
-    filters = f"{g.in_channels}→{g.out_channels} {g.kernel_size[0]}x{g.kernel_size[1]}"
-    return f"{filters}{strides}{groups} @{x.height}x{x.width}"
+    return step.geometry.describe(None if step.op == "linear" else (x.height, x.width))
 
 
 def _flops(plan: Plan, step: PlanStep) -> int:

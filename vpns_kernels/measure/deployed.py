@@ -38,7 +38,7 @@ class Deployed:
         dtype: str = "auto",
         engine: Engine | None = None,
     ) -> None:
-        self._sizes_before = _sizes(network)
+        self._pattern, self._channels_before = pattern, _count_channels(network)
         self._images = len(x)
         if engine is None:
             may_shrink = pattern is None or isinstance(pattern, Channel)
@@ -58,23 +58,17 @@ class Deployed:
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """Figures by layer, for the whole batch: sparse_ms, ms (what was chosen), choice, kernel, reason."""
-        after = {layer.name: layer.packed.geometry.weight_shape[:2] for layer in self.engine.plan.layers}
-        found = {}
+        found, cuts = {}, self._cuts()
         for row in self.engine.explain(quiet=True).rows():
-            name = row["name"]
-            before_it = self._sizes_before.get(name)
-            is_smaller = name in after and before_it not in (None, after[name])
-            sparse_ms = row["ms"] if is_smaller else row["sparse_ms"]
-            reason = row["reason"]
-            if is_smaller and not row["is_sparse"]:
-                before, now = (" ".join(map(str, sizes)) for sizes in (before_it or (), after[name]))
-                reason = f"cut: {now} of {before} output and input channels are left"
-            found[name] = {
+            cut = cuts.get(row["name"])
+            is_sparse = row["is_sparse"] or cut is not None
+            sparse_ms = row["ms"] if cut is not None else row["sparse_ms"]
+            found[row["name"]] = {
                 "sparse_ms": None if sparse_ms is None else sparse_ms * self._images,
                 "ms": row["ms"] * self._images,
-                "choice": "sparse" if row["is_sparse"] or is_smaller else "dense",
+                "choice": "sparse" if is_sparse else "dense",
                 "kernel": row["kernel"] or row["op"],
-                "reason": reason,
+                "reason": row["reason"] if cut is None or row["is_sparse"] else cut,
             }
         return found
 
@@ -82,6 +76,26 @@ class Deployed:
         """Milliseconds by layer, for the whole batch, with everything, as timed when compiling."""
         rows = self.engine.explain(quiet=True).rows()
         return {row["name"]: row["dense_ms"] * self._images for row in rows if row["dense_ms"] is not None}
+
+    def _cuts(self) -> dict[str, str]:
+        """Layers that channel pruning has made smaller, and by how much in words."""
+        if self._pattern is not None and not isinstance(self._pattern, Channel):
+            return {}
+        layers = self.engine.plan.layers
+        cuts = {}
+        for layer in layers:
+            g = layer.packed.geometry
+            outputs, inputs = self._channels_before.get(layer.name, (g.out_channels, g.in_channels))
+            left = [(g.out_channels, outputs, "output"), (g.in_channels, inputs, "input")]
+            if layer is layers[-1]:
+                # Results are fewer only where a label map takes some of them, which prunes nothing.
+                del left[0]
+            told = [f"{now} of {before} {kind}" for now, before, kind in left if now != before]
+            if told:
+                cuts[layer.name] = (
+                    f"channel pruning left {' and '.join(told)} channels; the smaller layer runs dense"
+                )
+        return cuts
 
 
 class Untraced:
@@ -148,9 +162,12 @@ def record_layers(
     return found
 
 
-def _sizes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {
-        name: tuple(module.weight.shape[:2])
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    }
+def _count_channels(network: nn.Module) -> dict[str, tuple[int, int]]:
+    """Output and input channels of each layer, by name."""
+    found = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            found[name] = (layer.out_channels, layer.in_channels)
+        elif isinstance(layer, nn.Linear):
+            found[name] = (layer.out_features, layer.in_features)
+    return found
