@@ -17,7 +17,14 @@ from vpns_kernels.formats import unpack
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.graph_nodes import is_add, is_pointwise
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
-from vpns_kernels.tracing import find_activation, find_single_calls, has_hooks, only_user, trace
+from vpns_kernels.tracing import (
+    check_evaluating,
+    find_activation,
+    find_single_calls,
+    has_hooks,
+    only_user,
+    trace,
+)
 
 # Node that a size comes from, channels, and per strided layer and axis (2 · padding - reach, stride).
 _Shape = tuple[fx.Node, int | None, tuple[tuple[int, int], ...]]
@@ -43,8 +50,7 @@ def fuse(model: nn.Module) -> nn.Module:
         >>> print(*fuse(sparsify(network, {"0": kept})).children())
         SparseConv2d([4, 3, 1, 1], unstructured, density=1.000, stride=(1, 1), act=relu)
     """
-    if training := [name for name, module in model.named_modules() if module.training]:
-        raise ValueError(f"fuse: expected evaluation mode, got training at {training[0]!r} (call .eval())")
+    check_evaluating("fuse", model)
     model = copy_network(model)
     traced = trace(model)
     if traced is None:

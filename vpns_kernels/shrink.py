@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from vpns_kernels.channel_flow import ChannelFlow, Flow, Place
 from vpns_kernels.convert import freeze, mask_modules
 from vpns_kernels.copying import copy_network
-from vpns_kernels.tracing import trace
+from vpns_kernels.tracing import check_evaluating, trace
 
 # How far apart outputs may be, by largest entry, before one calls it a defect.
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-3}
@@ -53,8 +53,7 @@ def shrink(
         >>> print(shrink(network).get_submodule("0"))
         Conv2d(3, 1, kernel_size=(1, 1), stride=(1, 1), bias=False)
     """
-    if training := [name for name, module in model.named_modules() if module.training]:
-        raise ValueError(f"shrink: expected evaluation mode, got training at {training[0]!r} (call .eval())")
+    check_evaluating("shrink", model)
     plain = freeze(model) if mask_modules(model) else copy_network(model)
     traced = trace(plain)
     if traced is None:

@@ -22,6 +22,14 @@ _ACT_FUNCTIONS: dict[Any, str] = {
 _ACT_METHODS = {"relu": "relu", "relu_": "relu"}
 
 
+def check_evaluating(who: str, model: nn.Module) -> None:
+    """Refuse a network in training mode, where batch norms and dropout are not what they are in use."""
+    training = [name for name, module in model.named_modules() if module.training]
+    if training:
+        where = f"layer {training[0]!r}" if training[0] else "the network itself"
+        raise ValueError(f"{who}: expected evaluation mode, got {where} in training mode (call .eval())")
+
+
 def trace(model: nn.Module) -> fx.GraphModule | None:
     """The graph over the very same layers; None where torch.fx cannot trace the network."""
     # Tracing takes an optional argument for one that is given, and would follow the wrong branch.

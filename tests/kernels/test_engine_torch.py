@@ -242,7 +242,7 @@ def test_what_torch_has_in_float32_alone_stays_so_and_the_report_says_it() -> No
     with torch.no_grad():
         torch.testing.assert_close(engine(images(3)), whole(images(3)), rtol=0.05, atol=0.05)
     (row,) = [row for row in engine.explain(quiet=True).rows() if row["op"] == "torch"]
-    assert "(in float32, as torch has not all of it in bfloat16: " in row["reason"]
+    assert "(in float32, as torch lacks some of it in bfloat16: " in row["reason"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

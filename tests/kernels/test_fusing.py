@@ -265,5 +265,5 @@ def test_a_fused_network_is_not_made_dense() -> None:
 def test_a_network_in_training_mode_is_refused() -> None:
     sparse = sparse_network(build("residual"))
     sparse.bn1.train()
-    with pytest.raises(ValueError, match=r"fuse: expected evaluation mode, got training at 'bn1'"):
+    with pytest.raises(ValueError, match=r"fuse: expected evaluation mode, got layer 'bn1' in training mode"):
         fuse(sparse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import product
 
 import pytest
@@ -85,8 +86,11 @@ def test_every_pattern_is_known_by_its_name_and_has_defaults() -> None:
     ],
 )  # fmt: skip
 def test_a_bad_spec_is_refused_by_name(spec: str) -> None:
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="expected") as caught:
         parse_pattern(spec)
+    # What follows a known name is checked by number, or shown with it.
+    is_number = re.fullmatch(r"block:\d+x\d+|nm:\d+:\d+", spec)
+    assert is_number or f"got {spec!r}" in str(caught.value)
 
 
 @pytest.mark.parametrize("spec", ["unstructured", "block:2x2", "channel"])

@@ -30,7 +30,7 @@ def read_tiny(home: Path) -> Listing:
     rows = [row[:2] for row in lines if len(row) > 1]
     strangers = sorted({row[1] for row in rows} - numbers.keys())
     if strangers:
-        problems.append(f"val_annotations.txt has classes that wnids.txt has not: {name_some(strangers)}")
+        problems.append(f"val_annotations.txt has classes that are not in wnids.txt: {name_some(strangers)}")
     known = [(home / "val" / "images" / file, numbers[name]) for file, name in rows if name in numbers]
     return Listing(class_names, {"train": train, "test": _samples(known)}, tuple(problems))
 

@@ -191,14 +191,15 @@ def _identify(folder: Path) -> tuple[int, int] | None:
 
 
 def _check_replaceable(folder: Path) -> None:
-    hint = "write elsewhere, or remove it first"
     try:
         manifest = read_manifest(folder)
     except ArtifactError as error:
         raise ArtifactError(
-            f"write_artifact: expected no folder or an artifact at {folder}, got: {error} ({hint})"
+            f"write_artifact: expected no folder or an artifact at {folder}, got: {error} "
+            "(write elsewhere: nothing but an artifact is ever replaced)"
         ) from error
     if foreign := {path.name for path in folder.iterdir()} - {MANIFEST, *manifest["files"]}:
         raise ArtifactError(
-            f"write_artifact: expected only an artifact's files in {folder}, got {sorted(foreign)} ({hint})"
+            f"write_artifact: expected only an artifact's files in {folder}, got {sorted(foreign)} "
+            "(write elsewhere, or move them away: a replaced folder loses all that is in it)"
         )

@@ -20,6 +20,7 @@ from vpns_kernels.convert import densify, freeze, mask_modules
 from vpns_kernels.copying import cast_floats, copy_network
 from vpns_kernels.formats import unpack
 from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
+from vpns_kernels.tracing import check_evaluating
 
 aten = torch.ops.aten
 # What makes a tensor of nothing.
@@ -95,8 +96,7 @@ def trace_network(model: nn.Module, example: Tensor) -> Traced:
     if isinstance(model, nn.DataParallel | OptimizedModule):
         # What these wrap is the network.
         model = model.module if isinstance(model, nn.DataParallel) else model._orig_mod
-    if training := [name for name, module in model.named_modules() if module.training]:
-        raise ValueError(f"compile: expected evaluation mode, got training at {training[0]!r} (call .eval())")
+    check_evaluating("compile", model)
     plain, masks = _plain(model)
     # With one image, torch.export would take the batch size for a constant.
     images = torch.zeros(max(2, len(example)), *example.shape[1:], dtype=example.dtype)

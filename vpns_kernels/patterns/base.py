@@ -33,7 +33,8 @@ class Pattern(ABC):
     def from_arguments(cls, arguments: list[str]) -> Pattern:
         """Build from what follows the name in a spec, split at colons."""
         if arguments:
-            raise ValueError(f"parse_pattern: expected no arguments for {cls.name!r}, got {arguments}")
+            given = ":".join([cls.name, *arguments])
+            raise ValueError(f"parse_pattern: expected {cls.name!r} without arguments, got {given!r}")
         return cls()
 
     @abstractmethod

@@ -35,9 +35,8 @@ class Block(Pattern):
             return cls()
         match = re.fullmatch(r"(\d+)x(\d+)", arguments[0])
         if len(arguments) != 1 or match is None:
-            raise ValueError(
-                f"parse_pattern: expected block:BKxBC such as block:32x32, got {':'.join(arguments)}"
-            )
+            given = ":".join([cls.name, *arguments])
+            raise ValueError(f"parse_pattern: expected block:BKxBC such as block:32x32, got {given!r}")
         return cls(int(match[1]), int(match[2]))
 
     def units_shape(self, weight_shape: Shape) -> Shape:

@@ -35,7 +35,8 @@ class NM(Pattern):
         if not arguments:
             return cls()
         if len(arguments) != 2 or not all(argument.isdigit() for argument in arguments):
-            raise ValueError(f"parse_pattern: expected nm:N:M such as nm:2:4, got nm:{':'.join(arguments)}")
+            given = ":".join([cls.name, *arguments])
+            raise ValueError(f"parse_pattern: expected nm:N:M such as nm:2:4, got {given!r}")
         return cls(int(arguments[0]), int(arguments[1]))
 
     def units_shape(self, weight_shape: Shape) -> Shape:
