@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentError
 
 from vpns.bench_options import find_bench, parse_bench
-from vpns.complaint import USER_ERRORS, describe_error
+from vpns.complaint import describe_error, is_user_error
 from vpns.data_command import parse_data, run_data
 from vpns.report_options import find_comparison, parse_comparison
 from vpns.reproduce_options import parse_reproduce
@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_debug = len(words) < len(given)
     try:
         return _do(words)
-    except (ArgumentError, *USER_ERRORS) as error:
+    except Exception as error:
+        if not isinstance(error, ArgumentError) and not is_user_error(error):
+            raise
         if is_debug:
             traceback.print_exc()
         # What is wrong with a command line is seen without.

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from vpns import cli, run
 from vpns.config import RunConfig, SearchConfig, flatten
@@ -195,6 +196,25 @@ def test_a_defect_of_ours_keeps_its_traceback(
     monkeypatch.setattr(run, "execute", fail)
     with pytest.raises(defect, match="ours"):
         cli.main(["run", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("x: can't allocate memory: y"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_does_not_fit_memory_is_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "execute", fail)
+    assert "not enough memory: " in error_of(["run", str(tmp_path)], capsys)
 
 
 def test_the_bare_command_and_its_version_tell_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

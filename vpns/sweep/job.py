@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from vpns.complaint import USER_ERRORS, describe_error
+from vpns.complaint import describe_error, is_user_error
 from vpns.config import RunConfig
 from vpns.files import make_folder, read_json, write_json
 from vpns.state import SCHEMA_VERSION
@@ -89,7 +89,9 @@ def do_job(job: Job) -> Outcome:
                 borrow_stages(job.lender, job.folder)
             execute(job.folder, job.config, job.until, [Progress(log)])
             _note_peak(job.folder / "job.json", _peak_bytes() - begun_bytes)
-        except USER_ERRORS as error:
+        except Exception as error:
+            if not is_user_error(error):
+                raise
             traceback.print_exc(file=log)
             return Outcome(job.name, time.monotonic() - started_at, describe_error(error))
         except KeyboardInterrupt:
