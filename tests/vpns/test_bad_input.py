@@ -144,7 +144,6 @@ def test_a_settings_file_that_cannot_be_read_is_refused(text: str, part: str, ca
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ([], "command"),
         (["walk", "run"], "walk"),
         (["run"], "run folder"),
         (["run", "a", "--run_folder=b"], "a and b"),

@@ -163,7 +163,7 @@ def test_a_class_of_validation_that_training_lacks_is_named(
     name = make_set("tiny-imagenet-200", tmp_path, monkeypatch)
     path = tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt"
     path.write_text(path.read_text().replace("n02", "n99"))
-    with pytest.raises(ValueError, match=r"classes that wnids.txt has not: n99"):
+    with pytest.raises(ValueError, match=r"classes that are not in wnids.txt: n99"):
         load(name, tmp_path)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:-1], lines[-1].partition("\t")[0]]))

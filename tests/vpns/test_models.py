@@ -185,7 +185,7 @@ def test_a_factory_in_the_current_folder_is_called_with_the_class_count(folder: 
         ("bad_net:", ValueError, "expected a callable '' in 'bad_net', got no such attribute"),
         (":make", ValueError, "expected 'module:factory', got ':make'"),
         (".relative:make", ValueError, "expected 'module:factory', got '.relative:make'"),
-        ("bad_net:text", TypeError, "expected 'bad_net:text' to return a torch.nn.Module, got str"),
+        ("bad_net:text", ValueError, "expected 'bad_net:text' to return a torch.nn.Module, got str"),
         ("bad_net:empty", ValueError, "expected a model with Conv2d or Linear layers, got 'bad_net:empty'"),
     ],
 )
