@@ -14,7 +14,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from vpns.bench_options import find_bench, parse_bench
-from vpns.complaint import USER_ERRORS, describe_error
+from vpns.complaint import EXIT_INTERRUPTED, USER_ERRORS, describe_error
 from vpns.config import RunConfig, flatten
 from vpns.data_command import parse_data, run_data
 from vpns.option_help import describe_options
@@ -28,7 +28,6 @@ Format = Literal["artifact", "onnx", "torch"]
 EXIT_ERROR = 2
 # Commands that look at what a run has made.
 _LAST = ("eval", "export", "bench", "report")
-EXIT_INTERRUPTED = 130
 COMMANDS = {
     "run": "every stage, from a network to a report",
     "pretrain": "teach the network letters, or take the weights it is given",

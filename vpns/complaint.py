@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # Settings, files and data that are not as expected. Anything else keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, ArithmeticError, RuntimeError)
+# As shells say that Ctrl-C ended a command.
+EXIT_INTERRUPTED = 130
 
 
 def describe_error(error: BaseException) -> str:

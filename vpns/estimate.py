@@ -25,6 +25,7 @@ from vpns.stages import STAGES, Context
 from vpns.stages.networks import stage_passes
 from vpns.stages.pretrain import learns_letters
 from vpns.state import StageRecord
+from vpns_kernels.memory import peak_resident_bytes
 
 _BATCHES = (2, 8)
 _EVAL_BATCH = 256
@@ -77,7 +78,7 @@ def measure_rates(config: RunConfig) -> Rates:
     for batch in _BATCHES:
         can_tell = _forget_peak() and can_tell
         watch = _measure(config, batch)
-        peaks[batch] = _peak_bytes()
+        peaks[batch] = peak_resident_bytes()
         looked_at[batch] = watch.looked_at_s
         for name, seconds in watch.update_s.items():
             times[name][batch] = seconds
@@ -196,10 +197,3 @@ def _forget_peak() -> bool:
         return False
     path.write_text("5")
     return True
-
-
-def _peak_bytes() -> int:
-    """0 where this system does not tell."""
-    path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)

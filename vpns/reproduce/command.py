@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vpns.complaint import USER_ERRORS
+from vpns.complaint import EXIT_INTERRUPTED, USER_ERRORS
 from vpns.config import RunConfig, flatten
 from vpns.files import make_folder, write_json
 from vpns.observe import Progress
@@ -28,7 +28,7 @@ from vpns.reproduce_options import ReproduceOptions
 from vpns.run import execute
 from vpns.state import SCHEMA_VERSION
 from vpns.sweep import Grid, build_grid, run_sweep
-from vpns.sweep.command import EXIT_INTERRUPTED, tell_cost, tell_failures
+from vpns.sweep.command import tell_cost, tell_failures
 from vpns_kernels.measure import fingerprint
 
 EXPERIMENTS = {experiment.name: experiment for experiment in (ARMS, EXP1, EXP2, EXP3)}

@@ -18,7 +18,7 @@ from vpns_kernels.engine.gpu_compile import choose_kernels, device_dtype
 from vpns_kernels.engine.lower import lower
 from vpns_kernels.engine.report import StepReport, describe_pruning
 from vpns_kernels.engine.select import draft_plan
-from vpns_kernels.engine.strips import with_strips
+from vpns_kernels.engine.strips import CLEARLY, with_strips
 from vpns_kernels.engine.trace import Traced, trace_network
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -27,8 +27,6 @@ _CHUNKS = (1, 2, 4, 8, 16)
 _REPEATS = 3
 # Repeats while a layer looks slower without most of its products: something else may have had the cores.
 _MOST_REPEATS = 12
-# A later candidate has to be this much faster: timings of the same thing differ as much.
-_CLEARLY = 0.97
 
 
 def compile(
@@ -86,7 +84,7 @@ def compile(
         if best is not None and chunk * threads_now > len(example):
             break
         timed = rivals.time(chunk, example[: chunk * threads_now])
-        if best is None or timed.ms_per_image < _CLEARLY * best.ms_per_image:
+        if best is None or timed.ms_per_image < CLEARLY * best.ms_per_image:
             best = timed
     assert best is not None
     plan = draft_plan(lowered, chosen, best.is_sparse, best.chunk)
@@ -130,7 +128,7 @@ def _choose(engine: Engine, traced: Traced, dtype: torch.dtype, example: Tensor)
             rival(example)
             taken.append(1e3 * (time.perf_counter() - started) / len(example))
     mixed_ms, alone_ms = (min(taken[1:]) for taken in times.values())
-    if alone_ms >= _CLEARLY * mixed_ms:
+    if alone_ms >= CLEARLY * mixed_ms:
         return engine
     note = f"torch alone takes {alone_ms:.3f} ms, {mixed_ms:.3f} with native steps between"
     note = f"{note}: {lowered.programs[0].note}"
