@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bench.gpu_targets import AUTOTUNED, CUDNN
 from vpns_kernels import compile
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.engine.gpu_clock import replayable
 from vpns_kernels.measure.gpu import clock_of
 from vpns_kernels.measure.random_network import prune_randomly, scale_weights
@@ -84,7 +85,7 @@ def bench_gpu_network(rivals: Rivals, form: Form, rounds: int) -> Row:
         "density": density,
         "batch": len(x),
         "size": x.shape[-1],
-        "dtype": str(dtype)[6:],
+        "dtype": dtype_name(dtype),
         "ours": ours.to_dict(),
         "dense": {name: samples[name].to_dict() for name in rivals.calls},
         "ratios": {name: asdict(compare(samples[name], ours)) for name in rivals.calls},

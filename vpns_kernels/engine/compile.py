@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vpns_kernels import native
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.engine.drafts import Lowered
 from vpns_kernels.engine.engine import Engine, check_threads
 from vpns_kernels.engine.gpu import GpuEngine
@@ -110,7 +111,7 @@ def _cast_programs(lowered: Lowered, dtype: torch.dtype, example: Tensor) -> Non
         else:
             GpuEngine(plan, example.device, programs=cast, is_recorded=False)(example[:1])
     except RuntimeError as error:
-        why = f"in float32, as torch has not all of it in {str(dtype)[6:]}: {str(error).splitlines()[0]}"
+        why = f"in float32, as torch has not all of it in {dtype_name(dtype)}: {str(error).splitlines()[0]}"
         cast = [replace(program, note=f"{program.note} ({why})") for program in lowered.programs]
     lowered.programs = cast
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.engine.plan import Plan, PlanStep
 
 
@@ -160,4 +161,4 @@ def _flops(plan: Plan, step: PlanStep) -> int:
 
 def _dtype(plan: Plan) -> str:
     assert plan.input is not None
-    return str(plan.values[plan.input].dtype)[6:]
+    return dtype_name(plan.values[plan.input].dtype)

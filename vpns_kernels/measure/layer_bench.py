@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vpns_kernels import native
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.measure.layers import Layer
 from vpns_kernels.measure.opponents import find_opponents, find_sparseprop
 from vpns_kernels.measure.random_network import draw_units
@@ -255,7 +256,7 @@ def _row(
         "pattern": variant.pattern.spec,
         "density": variant.density,
         "weight_density": real_density,
-        "dtype": str(variant.dtype)[6:],
+        "dtype": dtype_name(variant.dtype),
         "seed": variant.seed,
         "asked": variant.kernel,
         "kernel": module.kernel_for(x),
