@@ -26,7 +26,7 @@ from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
 
 # An output further from dense than this share of the largest is no rounding.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-_COPY_FLOATS = 1 << 24
+_COPY_FLOATS, _COPY_ROUNDS = 1 << 24, 6
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,9 @@ def roofline(row: dict[str, Any], ceilings: dict[str, float], copy_gb_per_s: flo
     }
 
 
-def _least_seconds(call: Callable[[], object], rounds: int = 6) -> float:
+def _least_seconds(call: Callable[[], object]) -> float:
     times = []
-    for _ in range(rounds):
+    for _ in range(_COPY_ROUNDS):
         started = time.perf_counter()
         call()
         times.append(time.perf_counter() - started)
