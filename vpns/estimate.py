@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from vpns.batches import count_iterations
+from vpns.batches import LOOKED_AT_ONCE, count_iterations
 from vpns.config import DataConfig, PretrainConfig, RunConfig, StageConfig
 from vpns.data import ImageSet, Split, load_data
 from vpns.files import make_folder
 from vpns.methods import find_method
-from vpns.observe import EpochMetrics, Observer, Start, Step
+from vpns.observe import EpochMetrics, Observer, StageStart, Step
 from vpns.stages import STAGES, Context
 from vpns.stages.networks import stage_passes
 from vpns.stages.pretrain import learns_letters
@@ -28,7 +28,6 @@ from vpns.state import StageRecord
 from vpns_kernels.memory import peak_resident_bytes
 
 _BATCHES = (2, 8)
-_EVAL_BATCH = 256
 # The first epoch warms up, the second counts.
 _EPOCHS = 2
 _TRAINED = ("dense", "search", "tune")
@@ -84,7 +83,7 @@ def measure_rates(config: RunConfig) -> Rates:
             times[name][batch] = seconds
     lines = {name: _line(found) for name, found in times.items() if found}
     # Images are looked at in large batches, over which what a call costs by itself is spread.
-    each = _line(looked_at).at(_EVAL_BATCH) / _EVAL_BATCH
+    each = _line(looked_at).at(LOOKED_AT_ONCE) / LOOKED_AT_ONCE
     return Rates(lines, each, _line(peaks) if can_tell and all(peaks.values()) else None)
 
 
@@ -129,7 +128,7 @@ class _Stopwatch(Observer):
         self._updates = 0
         self._began_at = self._stepped_at = 0.0
 
-    def on_start(self, start: Start) -> None:
+    def on_start(self, start: StageStart) -> None:
         self._updates = 0
 
     def on_step(self, step: Step) -> None:

@@ -21,7 +21,7 @@ from vpns.report.outcome import Row
 from vpns.report.several import read_sweep
 from vpns.reproduce.arms import ARMS
 from vpns.reproduce.channels import EXP3
-from vpns.reproduce.experiment import Comparison, Experiment, Settings
+from vpns.reproduce.experiment import Comparison, DottedSettings, Experiment
 from vpns.reproduce.frames import EXP2
 from vpns.reproduce.hydra import EXP1
 from vpns.reproduce_options import ReproduceOptions
@@ -74,7 +74,7 @@ def do_reproduce(options: ReproduceOptions) -> int:
     return tell_failures(swept, sweep.folder)
 
 
-def make_grid(experiment: Experiment, settings: Settings, seeds: int | None) -> Grid:
+def make_grid(experiment: Experiment, settings: DottedSettings, seeds: int | None) -> Grid:
     """The experiment's runs; the same but for their number, whoever asks."""
     (run,) = build_grid({"settings": settings, "grid": {"seed": [1]}}).runs
     axes = experiment.build_axes(run.config) | {
@@ -165,7 +165,7 @@ def _tell_verdict(test: Row) -> str:
     return head + f"The interval holds 0: no difference is shown; {missed}."
 
 
-def _pretrain(folder: Path, settings: Settings) -> Path:
+def _pretrain(folder: Path, settings: DottedSettings) -> Path:
     """One network that knows letters, as the paper's runs share one that knows ImageNet."""
     own = {"settings": settings | {"model.weights": None}, "grid": {"seed": [_PRETRAIN_SEED]}}
     (run,) = build_grid(own).runs
@@ -174,7 +174,7 @@ def _pretrain(folder: Path, settings: Settings) -> Path:
     return target
 
 
-def _read_settings(path: Path) -> Settings:
+def _read_settings(path: Path) -> DottedSettings:
     """Of a YAML file as `vpns run --config` takes it; seeds are the experiment's."""
     try:
         content = yaml.safe_load(path.read_text())

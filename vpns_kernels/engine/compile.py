@@ -79,12 +79,12 @@ def compile(
         notes = {program.name: program.note for program in lowered.programs}
         return choose_kernels(draft_plan(lowered, chosen, {}), lowered.programs, device, example, notes)
     threads_now = threads or torch.get_num_threads()
-    rivals = _Rivals(lowered, chosen, threads)
+    twins = _Twins(lowered, chosen, threads)
     best: _Timed | None = None
     for chunk in _CHUNKS:
         if best is not None and chunk * threads_now > len(example):
             break
-        timed = rivals.time(chunk, example[: chunk * threads_now])
+        timed = twins.time(chunk, example[: chunk * threads_now])
         if best is None or timed.ms_per_image < CLEARLY * best.ms_per_image:
             best = timed
     assert best is not None
@@ -150,7 +150,7 @@ class _Timed:
     reports: list[StepReport]
 
 
-class _Rivals:
+class _Twins:
     """The network twice: without what was pruned, and with everything."""
 
     def __init__(self, lowered: Lowered, dtype: torch.dtype, threads: int | None) -> None:
