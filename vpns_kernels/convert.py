@@ -21,7 +21,7 @@ _STREAM_PREFIX = "channel_mask_"
 
 
 def stream_name(number: int) -> str:
-    """Of the channel mask of a stream, and so of its scores: by its place in the order of execution."""
+    """The name of the mask of a stream of channels, and of its scores, by its place in order of execution."""
     return f"{_STREAM_PREFIX}{number}"
 
 

@@ -6,7 +6,7 @@ import torch
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Without torch's prefix: "float32"."""
+    """The name without the prefix of torch, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 

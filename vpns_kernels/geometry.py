@@ -68,7 +68,7 @@ class ConvGeometry:
         dilation: Pair = (1, 1),
         groups: int = 1,
     ) -> ConvGeometry:
-        """From a weight's [K, C / groups, R, S] and the sizes that ops are handed beside it."""
+        """The geometry of a weight [K, C / groups, R, S] and of the sizes that ops are handed beside it."""
         K, C, R, S = weight_shape
         return cls(C * groups, K, (R, S), stride, padding, dilation, groups)
 

@@ -140,7 +140,7 @@ class _Sparse(nn.Module):
 
 
 def layout_names(model: nn.Module) -> set[str]:
-    """Of the buffers that say where packed weights stand, which training does not change."""
+    """The names of the buffers that say where packed weights stand, which training does not change."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _Sparse)}
     return {f"{name}.{own}".removeprefix(".") for name, m in layers.items() for own in m._layout_names}
 
