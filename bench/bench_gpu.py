@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # where this file is run and not imported
 
 from bench.bench_ops import LISTS, is_3x3, write_json  # noqa: E402
 from bench.gpu_layers import bench_gpu_layer  # noqa: E402
-from bench.gpu_networks import Rivals, bench_gpu_network  # noqa: E402
+from bench.gpu_networks import DenseNetwork, bench_gpu_network, make_dense  # noqa: E402
 from bench.gpu_ops import bench_gpu_batch_norm, bench_gpu_prompt, bench_gpu_selection  # noqa: E402
 from bench.gpu_report import finish_row, latest, merge, table  # noqa: E402
 from bench.gpu_targets import (  # noqa: E402
@@ -148,15 +148,15 @@ def plan_network(model: str, device: torch.device) -> list[Job]:
         forms += [("channel", density) for density in CHANNELS]
 
     @cache
-    def rivals(is_autotuned: bool) -> Rivals:
+    def dense(is_autotuned: bool) -> DenseNetwork:
         torch.manual_seed(0)
         network = import_torchvision("models").get_model(model, weights=None)
         x = torch.randn(BATCH, 3, 224, 224, device=device)
-        return Rivals(model, network, x, is_autotuned)
+        return make_dense(model, network, x, is_autotuned)
 
     def job(form: tuple[str, float], is_autotuned: bool) -> Job:
         name = f"{form[0]} {form[1]:g}{' autotuned' if is_autotuned else ''}"
-        return name, lambda: [bench_gpu_network(rivals(is_autotuned), form, ROUNDS)]
+        return name, lambda: [bench_gpu_network(dense(is_autotuned), form, ROUNDS)]
 
     return [job(forms[0], False), *(job(form, True) for form in forms)]
 

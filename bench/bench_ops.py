@@ -3,9 +3,9 @@
     python bench/bench_ops.py --json bench/results/ops.json [--quick] [--budget MINUTES]
 
 Dense and sparse are timed in turn, A B A B, by vpns_kernels.measure: pytest-benchmark times one callable
-after the other and cannot interleave, so a disturbance of the machine would count for one side alone
-(test_ops_benchmark.py still offers every op's cases to it). The whole grid takes hours: with a budget, what
-matters most is measured first, and the report says what was left out.
+after the other and cannot interleave, so a disturbance of the machine would count for one side alone. The
+whole grid takes hours: with a budget, what matters most is measured first, and the report says what was left
+out.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.gpu_passes import OUR_PASSES, dense_passes, make_tensors
 from bench.gpu_targets import AUTOTUNED, CUDNN
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.measure.gpu import interleave_recorded
 from vpns_kernels.measure.layers import Layer
 from vpns_kernels.measure.timing import Sample, compare
@@ -111,7 +112,7 @@ def _describe(layer: Layer, batch: int, pattern: str, density: float, real: floa
         "pattern": pattern,
         "density": density,
         "weight_density": real,
-        "dtype": str(dtype)[6:],
+        "dtype": dtype_name(dtype),
         "kept_flops": real * flops,
         "least_mb": (moved + real * math.prod(g.weight_shape)) * dtype.itemsize / 1e6,
     }

@@ -34,6 +34,7 @@ from bench.tune_gradients import gradient_calls
 from vpns_kernels import native, sparse_conv2d
 from vpns_kernels.choose import this_machine
 from vpns_kernels.cost import LayerQuery, class_name
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.measure.fingerprint import fingerprint
 from vpns_kernels.measure.layer_bench import Variant, make_input, make_mask, make_sparse, make_weight
 from vpns_kernels.measure.layers import Layer, read_layers
@@ -199,7 +200,7 @@ def _dense_call(
     if isinstance(dense, nn.Conv2d):
         dense.weight.data = dense.weight.data.contiguous(memory_format=torch.channels_last)
     query = LayerQuery(
-        cell.layer.geometry, _size(cell), (0,), dtype=_name(x.dtype), weight_dtype=_name(x.dtype)
+        cell.layer.geometry, _size(cell), (0,), dtype=dtype_name(x.dtype), weight_dtype=dtype_name(x.dtype)
     )
     return _row(cell, f"dense {query.dtype}", query, 1.0), lambda: dense(x)
 
@@ -212,7 +213,7 @@ def _sparse_calls(
         return
     sparse = _packed(cell.layer, Variant(pattern, density, x.dtype))
     query = LayerQuery(
-        cell.layer.geometry, _size(cell), tuple(sparse.values.shape), _name(x.dtype), _name(x.dtype)
+        cell.layer.geometry, _size(cell), tuple(sparse.values.shape), dtype_name(x.dtype), dtype_name(x.dtype)
     )
     able = [kernel for kernel, refusal in this_machine().refusals(query) if not refusal]
     for kernel in _worth_timing(able, query):
@@ -291,10 +292,6 @@ def _row(cell: Cell, kernel: str, query: LayerQuery, density: float) -> dict[str
 
 def _size(cell: Cell) -> tuple[int, int, int]:
     return cell.batch, cell.layer.height, cell.layer.width
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype)[6:]
 
 
 def write_table(folder: Path, path: Path) -> None:

@@ -11,6 +11,7 @@ from torch.nn.grad import conv2d_weight
 from vpns_kernels.choose import query_of
 from vpns_kernels.choose_training import all_scores
 from vpns_kernels.cost import LayerQuery
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.measure.layer_bench import Variant, make_mask, make_sparse, make_weight
 from vpns_kernels.measure.layers import Layer
@@ -26,7 +27,7 @@ def gradient_calls(
     """(row of the cost table, query, density, call) of each weight gradient for inputs like x."""
     image = x if x.dim() == 4 else x.reshape(*x.shape, 1, 1)
     image = image.contiguous(memory_format=torch.channels_last)
-    g, name = layer.geometry, str(x.dtype)[6:]
+    g, name = layer.geometry, dtype_name(x.dtype)
     size = (image.shape[0], *image.shape[2:])
     grad = torch.randn(image.shape[0], g.out_channels, *g.output_size(*image.shape[2:])).to(x.dtype)
     grad = grad.contiguous(memory_format=torch.channels_last)
@@ -52,7 +53,7 @@ def _score_calls(
     g: ConvGeometry, image: Tensor, grad: Tensor, weight: Tensor
 ) -> Iterator[tuple[str, LayerQuery, float, Callable[[], Tensor]]]:
     """Scores of all single weights and of all blocks."""
-    name, sizes = str(image.dtype)[6:], (g.stride, g.padding, g.dilation, g.groups)
+    name, sizes = dtype_name(image.dtype), (g.stride, g.padding, g.dilation, g.groups)
     dense = (grad, image, weight, weight > 0, weight, "unstructured", *sizes)
     query = LayerQuery(g, (image.shape[0], *image.shape[2:]), (0,), name, "float32")
     yield f"dense scores {name}", query, 1.0, lambda: reference.run_score_gradient(*dense)

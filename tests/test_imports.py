@@ -41,6 +41,7 @@ KERNEL_ROOMS = [
     ("vpns_kernels.patterns",),
     (
         "vpns_kernels.copying",
+        "vpns_kernels.dtypes",
         "vpns_kernels.geometry",
         "vpns_kernels.memory",
         "vpns_kernels.torchvision_import",
@@ -165,6 +166,7 @@ def test_settings_and_sizes_import_nothing_of_ours(name: str) -> None:
 
 def test_backends_import_only_what_computing_needs() -> None:
     allowed = (
+        "vpns_kernels.dtypes",
         "vpns_kernels.geometry",
         "vpns_kernels.patterns",
         "vpns_kernels.formats",

@@ -12,6 +12,9 @@ from torch import Tensor
 from vpns.config import DataConfig
 from vpns.data import Split, crop_from, make_batch
 
+# Images of a batch that is only looked at, not trained on.
+LOOKED_AT_ONCE = 256
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -86,7 +89,9 @@ def iterate_epoch(
         yield tuple(batches)
 
 
-def iterate_split(split: Split, size: int, prompted: bool, batch_size: int = 256) -> Iterator[Batch]:
+def iterate_split(
+    split: Split, size: int, prompted: bool, batch_size: int = LOOKED_AT_ONCE
+) -> Iterator[Batch]:
     """The images of a split in order, as at test time."""
     for rows in torch.arange(len(split), device=split.labels.device).split(batch_size):
         part = split.select(rows)

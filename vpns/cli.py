@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentError
 
 from vpns.bench_options import find_bench, parse_bench
-from vpns.complaint import describe_error, is_user_error
+from vpns.complaint import EXIT_INTERRUPTED, describe_error, is_user_error
 from vpns.data_command import parse_data, run_data
 from vpns.report_options import find_comparison, parse_comparison
 from vpns.reproduce_options import parse_reproduce
@@ -20,7 +20,6 @@ from vpns.sweep_options import parse_sweep
 __all__ = ["COMMANDS", "EXIT_ERROR", "EXIT_INTERRUPTED", "Asked", "main", "parse"]
 
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# As shells say that Ctrl-C ended a command.
+EXIT_INTERRUPTED = 130
+
 
 class CheckError(ArithmeticError):
     """The kernels do not train as the dense reference does, which --check was asked to find out."""

@@ -58,8 +58,8 @@ class ModelConfig:
     Args:
         name: resnet18, resnet50, vgg16, vgg16_bn, any name of torchvision or timm (timm:<name> where both
             have it), or module:factory for your own.
-        weights: a .safetensors or .pth file, torchvision:<name>, timm:<tag>, or the folder of another run;
-            null to pretrain on letters.
+        weights: a .safetensors or .pth file, torchvision:<name>, timm:<tag>, or the folder of another run,
+            for the weights it ended with; null to pretrain on letters.
         source_classes: classes that the pretrained head tells apart.
     """
 
@@ -245,14 +245,14 @@ class RunConfig:
         return cls(**built)
 
 
-# What may differ when a run continues. A resumed run keeps the threads that it began with.
-_FREE_KEYS = ("threads", "device", "save_every_s", "data.cache")
+# What makes no other run, and may differ when one continues; a resumed run keeps the threads it began with.
+FREE_KEYS = ("threads", "device", "save_every_s", "data.cache")
 
 
 def differing_keys(ours: RunConfig, theirs: RunConfig) -> list[str]:
     """Dotted names of the settings in which two runs are not the same run."""
     left, right = flatten(ours.to_dict()), flatten(theirs.to_dict())
-    return [key for key in left if left[key] != right[key] and key not in _FREE_KEYS]
+    return [key for key in left if left[key] != right[key] and key not in FREE_KEYS]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -52,7 +52,7 @@ def export_run(folder: Path, config: RunConfig) -> None:
     target = context.stage_folder("export") / "artifact"
     described, weights = _describe(context, pruned), pruned.network.state_dict()
     prompt = pruned.prompt.state_dict()
-    images = _images(context, pruned)
+    images = first_images(context, pruned, _BENCH_BATCH)
     try:
         smaller = shrink(pruned.network) if isinstance(pattern, Channel) else pruned.network
         engine = compile(_inference(pruned, smaller), images)
@@ -63,11 +63,8 @@ def export_run(folder: Path, config: RunConfig) -> None:
         write_artifact(target, described, layers, masks, weights, prompt=prompt)
     else:
         save_engine(engine, target, described, masks, weights, prompt)
-        _compare(
-            target,
-            load(target)(images),
-            _inference(pruned, pruned.network)(images),
-        )
+        expected = _inference(pruned, pruned.network)(images)
+        check_logits(target, load(target)(images), expected, _LARGEST_ERROR)
     write_tensors(context.stage_folder("export") / "prompt.safetensors", prompt)
     stored = read_artifact(target, verify="all").weights
     assert stored is not None
@@ -102,19 +99,20 @@ def _inference(pruned: Pruned, network: nn.Module) -> nn.Module:
     return Inference(pruned.prompt, network, pruned.is_prompted, pruned.label_map)
 
 
-def _compare(target: Path, found: Tensor, expected: Tensor) -> None:
+def check_logits(target: Path, found: Tensor, expected: Tensor, largest_error: float) -> None:
+    """Refuse a file whose logits are further off than this share of the largest."""
     error = float((found - expected).detach().abs().max() / expected.detach().abs().max())
-    if not error <= _LARGEST_ERROR:
+    if not error <= largest_error:
         found_error = f"got some off by {error:.2g} of the largest"
         raise RuntimeError(f"export: expected {target} to compute the run's logits, {found_error}")
 
 
-def _images(context: Context, pruned: Pruned) -> Tensor:
-    """Validation images in [0, 1], repeated to a whole batch."""
+def first_images(context: Context, pruned: Pruned, count: int) -> Tensor:
+    """So many validation images in [0, 1], repeated where there are fewer."""
     val = context.images.val.to(context.device)
     (batch, *_) = iterate_split(val, pruned.prompt.image_size, pruned.is_prompted)
     images = batch.images
-    return images.repeat(-(-_BENCH_BATCH // len(images)), 1, 1, 1)[:_BENCH_BATCH].cpu()
+    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count].cpu()
 
 
 def _weight_masks(pruned: Pruned, pattern: Pattern) -> dict[str, Tensor]:
@@ -152,5 +150,5 @@ def _describe(context: Context, pruned: Pruned) -> dict[str, Any]:
 def _network_input(context: Context, pruned: Pruned) -> Tensor:
     """What the network sees of the first validation images."""
     with torch.no_grad():
-        x: Tensor = pruned.prompt(_images(context, pruned), pruned.is_prompted)
+        x: Tensor = pruned.prompt(first_images(context, pruned, _BENCH_BATCH), pruned.is_prompted)
     return x

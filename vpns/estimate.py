@@ -15,19 +15,19 @@ from pathlib import Path
 
 import torch
 
-from vpns.batches import count_iterations
+from vpns.batches import LOOKED_AT_ONCE, count_iterations
 from vpns.config import DataConfig, PretrainConfig, RunConfig, StageConfig
 from vpns.data import ImageSet, Split, load_data
 from vpns.files import make_folder
 from vpns.methods import find_method
-from vpns.observe import EpochMetrics, Observer, Start, Step
+from vpns.observe import EpochMetrics, Observer, StageStart, Step
 from vpns.stages import STAGES, Context
 from vpns.stages.networks import stage_passes
 from vpns.stages.pretrain import learns_letters
 from vpns.state import StageRecord
+from vpns_kernels.memory import peak_resident_bytes
 
 _BATCHES = (2, 8)
-_EVAL_BATCH = 256
 # The first epoch warms up, the second counts.
 _EPOCHS = 2
 _TRAINED = ("dense", "search", "tune")
@@ -77,13 +77,13 @@ def measure_rates(config: RunConfig) -> Rates:
     for batch in _BATCHES:
         can_tell = _forget_peak() and can_tell
         watch = _measure(config, batch)
-        peaks[batch] = _peak_bytes()
+        peaks[batch] = peak_resident_bytes()
         looked_at[batch] = watch.looked_at_s
         for name, seconds in watch.update_s.items():
             times[name][batch] = seconds
     lines = {name: _line(found) for name, found in times.items() if found}
     # Images are looked at in large batches, over which what a call costs by itself is spread.
-    each = _line(looked_at).at(_EVAL_BATCH) / _EVAL_BATCH
+    each = _line(looked_at).at(LOOKED_AT_ONCE) / LOOKED_AT_ONCE
     return Rates(lines, each, _line(peaks) if can_tell and all(peaks.values()) else None)
 
 
@@ -128,7 +128,7 @@ class _Stopwatch(Observer):
         self._updates = 0
         self._began_at = self._stepped_at = 0.0
 
-    def on_start(self, start: Start) -> None:
+    def on_start(self, start: StageStart) -> None:
         self._updates = 0
 
     def on_step(self, step: Step) -> None:
@@ -196,10 +196,3 @@ def _forget_peak() -> bool:
         return False
     path.write_text("5")
     return True
-
-
-def _peak_bytes() -> int:
-    """0 where this system does not tell."""
-    path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vpns.batches import iterate_split
+from vpns.deploy import check_logits, first_images
 from vpns.files import replace_file
 from vpns.inference import Inference
 from vpns.run import open_finished
-from vpns.stages.context import Context
 from vpns.stages.networks import load_start
 from vpns.stages.pruned import Pruned, load_pruned
 from vpns_kernels.onnx_file import run_onnx, to_onnx
@@ -36,7 +35,7 @@ def export_as(folder: Path, kind: Literal["onnx", "torch"]) -> Path:
     """
     context = open_finished(folder)
     pruned = load_pruned(context).cpu()
-    images = _images(context, pruned)
+    images = first_images(context, pruned, _IMAGES)
     if kind == "torch":
         path = context.stage_folder("export") / "network.pth"
         replace_file(path, lambda tmp: torch.save(pruned.network.state_dict(), tmp))
@@ -51,7 +50,7 @@ def export_as(folder: Path, kind: Literal["onnx", "torch"]) -> Path:
         content = to_onnx(_inference(pruned, network), images[:2], any_batch=True)
         replace_file(path, lambda tmp: _write_bytes(tmp, content))
         found = run_onnx(path.read_bytes())(images)
-    _compare(path, found, _inference(pruned, pruned.network)(images))
+    check_logits(path, found, _inference(pruned, pruned.network)(images), _LARGEST_ERROR)
     return path
 
 
@@ -59,19 +58,5 @@ def _inference(pruned: Pruned, network: nn.Module) -> Inference:
     return Inference(pruned.prompt, network, pruned.is_prompted)
 
 
-def _images(context: Context, pruned: Pruned) -> Tensor:
-    val = context.images.val.to(context.device)
-    (batch, *_) = iterate_split(val, pruned.prompt.image_size, pruned.is_prompted)
-    return batch.images[:_IMAGES].cpu()
-
-
 def _write_bytes(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-
-
-def _compare(path: Path, found: Tensor, expected: Tensor) -> None:
-    error = float((found - expected).detach().abs().max() / expected.detach().abs().max())
-    if not error <= _LARGEST_ERROR:
-        raise RuntimeError(
-            f"export: expected {path} to compute the run's logits, got some off by {error:.2g} of the largest"
-        )

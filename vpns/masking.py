@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vpns_kernels.channels import trace_streams
-from vpns_kernels.convert import mask_layers, mask_modules, weight_masks
+from vpns_kernels.convert import mask_layers, mask_modules, stream_name, weight_masks
 from vpns_kernels.patterns import Channel, Pattern
 from vpns_kernels.refresh import Refresh, refresh_mask
 
@@ -46,7 +46,7 @@ def unit_scores(network: nn.Module, pattern: Pattern, weigh: Weigh) -> dict[str,
     scores = {}
     for number, stream in enumerate(streams):
         made = torch.stack([values[name].abs().flatten(1).mean(1) for name in stream.producers]).mean(0)
-        scores[f"channel_mask_{number}"] = rank(made)
+        scores[stream_name(number)] = rank(made)
     return scores
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 @dataclass(frozen=True)
-class Start:
+class StageStart:
     """A stage that trains begins, or goes on; other stages tell their end alone.
 
     Args:
@@ -82,7 +82,7 @@ class End:
 class Observer:
     """Base of observers: each method is called at its moment and may do nothing."""
 
-    def on_start(self, start: Start) -> None:
+    def on_start(self, start: StageStart) -> None:
         """Training of a stage begins or resumes."""
 
     def on_step(self, step: Step) -> None:
@@ -105,7 +105,7 @@ class Progress(Observer):
         self._stream = sys.stderr if stream is None else stream
         self._bar: Any = None
 
-    def on_start(self, start: Start) -> None:
+    def on_start(self, start: StageStart) -> None:
         self._close()
         if start.updates and self._stream.isatty():
             self._bar = tqdm(

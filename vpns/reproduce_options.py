@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from vpns.sweep_options import SweepOptions, add_worker_options, share_cores
 
-Experiment = Literal["arms", "exp1", "exp2", "exp3"]
+ExperimentName = Literal["arms", "exp1", "exp2", "exp3"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ReproduceOptions:
         json: where the results go beside the folder.
     """
 
-    experiment: Experiment
+    experiment: ExperimentName
     sweep: SweepOptions
     seeds: int | None = None
     config: Path | None = None
@@ -52,8 +52,8 @@ def parse_reproduce(options: Sequence[str]) -> ReproduceOptions:
     parser.add_argument("--json", type=str, help="where the results go as well")
     add_worker_options(parser)
     given = parser.parse_args(list(options))
-    if given.experiment not in get_args(Experiment):
-        raise ValueError(f"reproduce: expected one of {get_args(Experiment)}, got {given.experiment!r}")
+    if given.experiment not in get_args(ExperimentName):
+        raise ValueError(f"reproduce: expected one of {get_args(ExperimentName)}, got {given.experiment!r}")
     if given.config is not None and not Path(given.config).is_file():
         raise ValueError(f"reproduce: expected a YAML file for --config, got {given.config}")
     workers, threads = share_cores(given.workers, given.threads)

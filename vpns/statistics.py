@@ -78,11 +78,3 @@ def detectable_effect(deviation: float, pairs: int) -> float:
 
     shift = optimize.brentq(lacks, 0.0, 10 * limit)
     return float(shift) * deviation / math.sqrt(pairs)
-
-
-def pairs_needed(deviation: float, effect: float) -> int:
-    """How many pairs find a true difference with probability 0.8."""
-    pairs = 2
-    while detectable_effect(deviation, pairs) > effect:
-        pairs += 1
-    return pairs

@@ -15,6 +15,7 @@ from vpns.batches import Batch
 from vpns.group import ALONE, Group
 from vpns.label_map import LabelMap
 from vpns.predictor import Predictor
+from vpns_kernels.refresh import Refresh
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +24,14 @@ class Learner:
 
     Args:
         optimizer: holds what the stage trains: scores and prompt in search, weights and prompt in tune.
-        refresh: makes the mask follow the scores; does nothing where the mask is fixed.
+        refresh: makes the mask follow the scores; does nothing, and returns None, where the mask is fixed.
         group: the processes that learn together; one by default.
     """
 
     predictor: Predictor
     label_map: LabelMap
     optimizer: Optimizer
-    refresh: Callable[[], object]
+    refresh: Callable[[], Refresh | None]
     group: Group = ALONE
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from vpns_kernels.graph_nodes import (
     drops_pixels,
     is_cat,
+    is_elementwise,
     is_flatten,
     is_flattening_view,
     is_in_place,
@@ -32,10 +33,6 @@ from vpns_kernels.graph_nodes import (
 from vpns_kernels.tracing import find_single_calls, has_hooks
 
 _ALIASES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten)
-_MORE_POINTWISE = (
-    nn.Sigmoid, nn.Hardsigmoid, nn.Hardtanh, nn.ELU, nn.Mish, nn.Softplus, nn.Identity, nn.Dropout,
-)  # fmt: skip
-_POINTWISE_CALLS = {torch.sigmoid, F.hardsigmoid, F.leaky_relu, F.elu, F.mish, torch.tanh, F.dropout}
 _SUMS: dict[Any, Callable[[Any, Any], Any]] = {
     operator.add: operator.add, operator.iadd: operator.add, torch.add: operator.add, "add": operator.add,
     "add_": operator.add, operator.sub: operator.sub, operator.isub: operator.sub, torch.sub: operator.sub,
@@ -145,10 +142,9 @@ class ChannelFlow:
         if is_pool(node, self._modules) and not before.is_flat:
             is_kept = _keeps_constants(node, module) | (before.values == 0)
             return Flow(before.ids, before.values.where(is_kept, math.nan), drops_pixels(node))
-        is_call = node.op == "call_function" and node.target in _POINTWISE_CALLS
         if node.kwargs.get("training"):
             return self._pin([before])
-        if is_call or isinstance(module, _MORE_POINTWISE) or is_pointwise(node, self._modules):
+        if is_elementwise(node, self._modules) or is_pointwise(node, self._modules):
             return Flow(before.ids, self._apply(node, module, before.values), before.is_flat)
         return self._pin([before])
 

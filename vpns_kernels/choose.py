@@ -17,6 +17,7 @@ from torch import Tensor
 from vpns_kernels import native
 from vpns_kernels.choose_gpu import UNMEASURED, gpu_kernel, gpu_refusals
 from vpns_kernels.cost import Estimate, LayerQuery, cost_table, estimate
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._cpu import multiplied_dtype
 
@@ -145,7 +146,7 @@ def query_of_kept(
     weight_dtype = weight.dtype
     if weight.device.type == "cpu":
         weight_dtype = multiplied_dtype(weight_dtype, dtype, is_single=len(sizes) == 1)
-    names = str(dtype)[6:], str(weight_dtype)[6:]
+    names = dtype_name(dtype), dtype_name(weight_dtype)
     return LayerQuery(geometry, (images, height, width), tuple(sizes), *names)
 
 

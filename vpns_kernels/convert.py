@@ -20,6 +20,11 @@ from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear, is_own_kind
 _STREAM_PREFIX = "channel_mask_"
 
 
+def stream_name(number: int) -> str:
+    """The name of the mask of a stream of channels, and of its scores, by its place in order of execution."""
+    return f"{_STREAM_PREFIX}{number}"
+
+
 def mask_layers(model: nn.Module, pattern: Pattern) -> nn.Module:
     """The model with every maskable layer masked, all units kept and all scores zero.
 
@@ -186,7 +191,7 @@ def _mask_channels(model: nn.Module) -> fx.GraphModule:
         raise ValueError(f"mask_layers: expected a model with prunable channels, got {type(model).__name__}")
     device = next(model.parameters()).device
     for number, stream in enumerate(streams):
-        name = f"{_STREAM_PREFIX}{number}"
+        name = stream_name(number)
         traced.add_module(name, ChannelMask(stream.channels, device))
         for site in stream.sites:
             with traced.graph.inserting_after(site):

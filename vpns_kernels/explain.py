@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -86,7 +85,6 @@ def explain(
     dtype: torch.dtype | None = None,
     pattern: Pattern | str | None = None,
     machine: Machine | None = None,
-    table: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Explanation:
     """Print and return why a layer runs as it does.
@@ -97,7 +95,7 @@ def explain(
         size: of the input: (N, H, W) for a convolution, (N,) for a linear layer; not for a query.
         dtype: of the input; that of the weights by default.
         pattern: how the zeros of a torch layer are packed; unstructured by default.
-        machine, table: what the layer's tensors are on, and the shipped table, by default.
+        machine: what the layer's tensors are on, by default.
         quiet: return only.
 
     Raises:
@@ -111,8 +109,8 @@ def explain(
     """
     query = layer if isinstance(layer, LayerQuery) else _query(layer, size, dtype, pattern)
     machine = machine or this_machine(_device_of(layer))
-    at = break_even_density(query, machine, table)
-    found = Explanation(query, machine, choose(query, machine, table), at)
+    at = break_even_density(query, machine)
+    found = Explanation(query, machine, choose(query, machine), at)
     if not quiet:
         print(found)
     return found

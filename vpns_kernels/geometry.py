@@ -6,6 +6,7 @@ channels K, filter height and width R S, output height and width P Q.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,19 @@ class ConvGeometry:
         return cls(
             module.in_channels, module.out_channels, kernel_size, stride, padding, dilation, module.groups
         )
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight_shape: Sequence[int],
+        stride: Pair = (1, 1),
+        padding: Pair = (0, 0),
+        dilation: Pair = (1, 1),
+        groups: int = 1,
+    ) -> ConvGeometry:
+        """The geometry of a weight [K, C / groups, R, S] and of the sizes that ops are handed beside it."""
+        K, C, R, S = weight_shape
+        return cls(C * groups, K, (R, S), stride, padding, dilation, groups)
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:

@@ -24,6 +24,9 @@ _POINTWISE: tuple[type[nn.Module], ...] = (
 )
 _POOLS: tuple[type[nn.Module], ...] = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _POINTWISE_CALLS = {F.relu, F.relu6, torch.relu, F.silu, F.gelu, F.hardswish}
+# Further ones, which neither masks of channels nor fused layers know; some make something of 0.
+_ELEMENTWISE = (nn.Sigmoid, nn.Hardsigmoid, nn.Hardtanh, nn.ELU, nn.Mish, nn.Softplus)
+_ELEMENTWISE_CALLS = {torch.sigmoid, F.hardsigmoid, F.leaky_relu, F.elu, F.mish, torch.tanh, F.dropout}
 _POOL_CALLS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, F.relu_, torch.relu_}
 _ADDS = {operator.add, operator.iadd, torch.add}
@@ -42,6 +45,13 @@ def is_pointwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return isinstance(modules[str(node.target)], _POINTWISE)
     called = node.op == "call_function" and node.target in _POINTWISE_CALLS
     return called or is_add(node) or (node.op == "call_method" and node.target in ("relu", "relu_"))
+
+
+def is_elementwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the node maps each entry alone, by another function than those of `is_pointwise`."""
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _ELEMENTWISE)
+    return node.op == "call_function" and node.target in _ELEMENTWISE_CALLS
 
 
 def is_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

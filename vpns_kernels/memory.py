@@ -8,6 +8,7 @@ keeping them makes it a sixth to a third shorter, torch's own layers included.
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 # Names and numbers of <malloc.h>; the threshold is a C int.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -24,3 +25,10 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _MOST))
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had since it was forked; 0 where the system does not say."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)

@@ -56,7 +56,7 @@ def to_onnx(network: nn.Module, x: Tensor, any_batch: bool = False) -> bytes:
     return content
 
 
-def run_onnx(content: bytes, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+def run_onnx(content: bytes) -> Callable[[Tensor], Tensor]:
     """A function that computes an ONNX model in ONNX Runtime.
 
     Raises:
@@ -67,7 +67,7 @@ def run_onnx(content: bytes, threads: int | None = None) -> Callable[[Tensor], T
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     # Its threads would wait in a loop for the next call, at the cost of whoever runs in between.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

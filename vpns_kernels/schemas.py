@@ -95,7 +95,7 @@ def _sparse_conv2d(
     groups: int,
     backends: Sequence[str],
 ) -> Tensor:
-    geometry = _geometry(weight_shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation, groups)
     return _empty_output(x, geometry, x.dtype)
 
 
@@ -115,7 +115,7 @@ def _sparse_conv2d_fused(
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    geometry = _geometry(weight_shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation, groups)
     return _empty_output(x, geometry, out_dtype)
 
 
@@ -142,7 +142,8 @@ def _masked_conv2d(
     groups: int,
     backends: Sequence[str],
 ) -> Tensor:
-    return _empty_output(x, _geometry(weight.shape, stride, padding, dilation, groups), x.dtype)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
+    return _empty_output(x, geometry, x.dtype)
 
 
 @torch.library.register_fake("vpns::masked_conv2d_backward", lib=LIBRARY)
@@ -166,7 +167,8 @@ def _kept_conv2d(
     groups: int,
     backend: str,
 ) -> Tensor:
-    return _empty_output(x, _geometry(weight.shape, stride, padding, dilation, groups), x.dtype)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
+    return _empty_output(x, geometry, x.dtype)
 
 
 @torch.library.register_fake("vpns::kept_conv2d_backward", lib=LIBRARY)
@@ -232,7 +234,7 @@ def _prompt_conv2d(
     dtype: torch.dtype,
     backends: Sequence[str],
 ) -> Tensor:
-    geometry = _geometry(weight.shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
     P, Q = geometry.output_size(*canvas_size(image, frame, variant))
     shape = (image.shape[0], geometry.out_channels, P, Q)
     return torch.empty(shape, dtype=dtype, device=image.device, memory_format=torch.channels_last)
@@ -253,13 +255,6 @@ def canvas_size(image: Tensor, frame: int, variant: str) -> Pair:
     """H, W of the canvas that holds image [N, 3, h, w]: a framed one has the frame around the image."""
     ring = frame if variant == "framed" else 0
     return image.shape[2] + 2 * ring, image.shape[3] + 2 * ring
-
-
-def _geometry(
-    weight_shape: Sequence[int], stride: Pair, padding: Pair, dilation: Pair, groups: int
-) -> ConvGeometry:
-    K, C, R, S = weight_shape
-    return ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
 
 
 def _empty_output(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:

@@ -139,6 +139,12 @@ class _Sparse(nn.Module):
         return self._cache.get(self.values, self.layout, self.geometry, x.shape, x.dtype, self.kernel)
 
 
+def layout_names(model: nn.Module) -> set[str]:
+    """The names of the buffers that say where packed weights stand, which training does not change."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _Sparse)}
+    return {f"{name}.{own}".removeprefix(".") for name, m in layers.items() for own in m._layout_names}
+
+
 def _pack_layer(
     layer: nn.Conv2d | nn.Linear,
     mask: Tensor | None,

@@ -15,7 +15,7 @@ from torch import nn
 from bench import bench_gpu
 from bench.bench_gpu import PARTS, main, measure_part, plan
 from bench.gpu_layers import bench_gpu_layer
-from bench.gpu_networks import Rivals, bench_gpu_network
+from bench.gpu_networks import bench_gpu_network, make_dense
 from bench.gpu_ops import bench_gpu_batch_norm, bench_gpu_prompt, bench_gpu_selection
 from bench.gpu_passes import PASSES
 from bench.gpu_report import finish_row, latest, merge, table
@@ -141,12 +141,12 @@ def test_networks_are_compared_in_turn_and_say_why_each_layer_runs_so() -> None:
     )
     forms = [("block:4x4", 0.5), ("channel", 0.5)]
     x = torch.randn(2, 3, 8, 8)
-    rivals = Rivals("tiny", network, x, is_autotuned=False, dtype=torch.float32)
-    rows = [bench_gpu_network(rivals, form, 2) for form in forms]
+    dense = make_dense("tiny", network, x, is_autotuned=False)
+    rows = [bench_gpu_network(dense, form, 2) for form in forms]
     assert [(row["pattern"], row["density"]) for row in rows] == forms
     for row in rows:
         assert set(row["ratios"]) == {CUDNN}
-        assert row["max_rel_err"] < 1e-3
+        assert row["max_rel_err"] < 3e-2
         assert all(layer["reason"] for layer in row["layers"])
     json.dumps(rows)
 

@@ -12,6 +12,7 @@ import torch
 from bench import bench_ops
 from bench.targets import targets
 from vpns_kernels import ConvGeometry, parse_pattern
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.measure import layer_bench
 from vpns_kernels.measure.layer_bench import Variant, bench_layer, bench_selection, roofline
 from vpns_kernels.measure.layers import Layer
@@ -54,7 +55,7 @@ def test_a_layer_gives_a_row_for_each_variant(layer: Layer) -> None:
     rows = bench_layer(layer, 3, variants, EAGER, rounds=2)
     for found, variant in zip(rows, variants, strict=True):
         assert (found["pattern"], found["density"]) == (variant.pattern.spec, variant.density)
-        assert found["dtype"] == str(variant.dtype)[6:]
+        assert found["dtype"] == dtype_name(variant.dtype)
         assert found["weight_density"] == pytest.approx(variant.density, abs=0.06)
         assert set(found["dense"]) == set(found["ratios"]) == set(EAGER)
         assert found["best_dense"] == min(EAGER, key=lambda name: found["dense"][name]["median_ms"])

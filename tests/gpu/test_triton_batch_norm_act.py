@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import OPS, batch_norm_act
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.ops._triton import columns
 from vpns_kernels.ops.batch_norm_act import triton
 from vpns_kernels.testing import poisoned_memory
@@ -17,7 +18,7 @@ HERE = (torch.float32, torch.float16, *[torch.bfloat16] * torch.cuda.is_availabl
 CASES = [
     case
     for case in OPS["batch_norm_act"].cases()
-    if any(f"-{str(dtype)[6:]}-" in case.name for dtype in HERE)
+    if any(f"-{dtype_name(dtype)}-" in case.name for dtype in HERE)
     # Large ones take the interpreter seconds.
     and (torch.cuda.is_available() or not case.name.startswith(("wide", "layer-float32")))
 ]

@@ -67,6 +67,12 @@ def test_a_masked_layer_is_explained_by_its_mask_and_pattern() -> None:
     assert found.density == pytest.approx(9 / 36)
 
 
+def test_the_zeros_of_a_torch_layer_are_packed_by_the_pattern_that_is_named() -> None:
+    conv, blocks = pruned(0.25, "block:16x16"), parse_pattern("block:16x16")
+    assert explain(conv, (1, 9, 9), pattern=blocks, quiet=True).query.format == "block"
+    assert explain(conv, (1, 9, 9), quiet=True).query.format == "unstructured"
+
+
 def test_linear_layers_take_a_batch() -> None:
     linear = nn.Linear(20, 10)
     found = explain(linear, (5,), torch.bfloat16, quiet=True)

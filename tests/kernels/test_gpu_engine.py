@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -216,3 +217,16 @@ def test_images_elsewhere_and_threads_of_a_gpu_are_refused(tmp_path: Path) -> No
     engine.save(tmp_path / "engine")
     with pytest.raises(ValueError, match="expected no threads and at least 1 image on meta, got 2 and 32"):
         load(tmp_path / "engine", threads=2, device="meta")
+    with pytest.raises(ValueError, match="expected no threads and at least 1 image on meta, got None and 0"):
+        load(tmp_path / "engine", device="meta", images=0)
+
+
+def test_an_opened_engine_is_timed_with_as_many_images_as_it_will_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile(build("vgg"), images(2), dtype="float32").save(tmp_path / "engine")
+    asked: list[Any] = []
+    module = sys.modules["vpns_kernels.engine.load"]
+    monkeypatch.setattr(module, "open_on_device", lambda *given: asked.append(given[-2:]))
+    load(tmp_path / "engine", device="meta", images=4)
+    assert asked == [(torch.device("meta"), 4)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import ConvGeometry, Packed, native, pack, parse_pattern, sparse_conv2d, unpack
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.ops import _cpu
 from vpns_kernels.patterns import Channel
 from vpns_kernels.sparse_modules import SparseConv2d
@@ -84,7 +85,7 @@ def native_weight_gradient(packed: Packed, x: Tensor, grad: Tensor, kernel: str,
     sizes = [N, C, H, W, K, *g.kernel_size, P, Q, *g.stride, *g.padding, *g.dilation, g.groups]
     handle = library.sparse_conv2d_prepare_weight_gradient(sizes, weights, kernel)
     found = torch.empty(values.shape)
-    dtype = str(x.dtype)[6:]
+    dtype = dtype_name(x.dtype)
     handle.run(x.data_ptr(), dtype, H * W * C, W * C, C, grad.data_ptr(), found.data_ptr(), threads)
     return found
 

@@ -34,3 +34,18 @@ def test_activations_are_mapped_once_and_not_at_every_allocation() -> None:
         pytest.skip("this C library has no mallopt")
     assert int(mapped) > 100
     assert int(kept) < int(mapped) / 20
+
+
+def test_the_peak_counts_what_was_freed_again() -> None:
+    code = (
+        "import torch\n"
+        "from vpns_kernels.memory import peak_resident_bytes\n"
+        "before = peak_resident_bytes()\n"
+        "torch.ones(64 * 1024 * 1024)\n"
+        "print(before, peak_resident_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    if before == 0:
+        pytest.skip("this system does not say")
+    assert after - before > 200e6

@@ -24,7 +24,7 @@ from tests.kernels.pruned_layers import (
 from vpns_kernels import ConvGeometry, parse_pattern, runners
 from vpns_kernels.choose import Choice
 from vpns_kernels.ops import _cpu
-from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
+from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear, layout_names
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +131,8 @@ def test_values_and_layout_travel_in_the_state_dict(spec: str) -> None:
         assert torch.equal(other(x), expected)
     assert {"values", "bias"} < set(layer.state_dict())
     assert len(layer.state_dict()) == 2 + len(layer.layout)
+    assert layout_names(layer) == layer.state_dict().keys() - {"values", "bias"}
+    assert layout_names(nn.Sequential(layer)) == {f"0.{name}" for name in layout_names(layer)}
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])

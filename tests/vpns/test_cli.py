@@ -18,7 +18,7 @@ import torch
 
 from vpns import cli, run
 from vpns.config import RunConfig, SearchConfig, flatten
-from vpns.observe import End, EpochMetrics, Progress, Start, Step
+from vpns.observe import End, EpochMetrics, Progress, StageStart, Step
 from vpns.option_help import option_texts
 
 TINY = [
@@ -328,7 +328,7 @@ def test_a_log_file_gets_a_line_per_stage_and_no_bar(
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     progress = Progress(sys.stderr)
-    progress.on_start(Start("search", updates=4, updates_done=1))
+    progress.on_start(StageStart("search", updates=4, updates_done=1))
     progress.on_step(Step("search", 0, 1, 0.5))
     progress.on_eval(EpochMetrics("search", 1, 2, 0.5, 50.0, 75.0, 0.1, 2, 20, 1.0))
     progress.on_end(End("search", {"val_accuracy": 75.0}, 1.0))

@@ -206,3 +206,10 @@ def test_arms_hold_the_runs_that_differ_in_their_seed_alone(pages: dict[str, Pat
     assert mean is not None
     assert interval[0] < mean < interval[1]
     assert json.dumps([arm.series for arm in arms]) == '["hydra", "hydra", "vpns", "vpns"]'
+
+
+def test_runs_that_differ_in_where_they_ran_are_one_arm(tmp_path: Path) -> None:
+    places = (RunConfig(), RunConfig(seed=9, threads=2, data=DataConfig(cache=str(tmp_path))))
+    runs = [make_run(tmp_path / str(number), config) for number, config in enumerate(places)]
+    (arm,) = group_arms(read_runs(runs))
+    assert [run.config.seed for run in arm.runs] == [7, 9]

@@ -261,10 +261,10 @@ def test_weights_are_read_from_files(trained: Tiny, tmp_path: Path, suffix: str)
     assert equal_states(model, trained)
 
 
-@pytest.mark.parametrize("names", [["weights.safetensors"], ["pretrain/weights.safetensors"]])
+@pytest.mark.parametrize("names", [["tune/weights.safetensors"], ["pretrain/weights.safetensors"]])
 def test_weights_are_read_from_a_run_folder(trained: Tiny, tmp_path: Path, names: list[str]) -> None:
-    (tmp_path / "pretrain").mkdir()
     for name in names:
+        (tmp_path / name).parent.mkdir()
         save_file(trained.state_dict(), tmp_path / name)
     model = Tiny()
     load_weights(model, str(tmp_path))
@@ -272,12 +272,23 @@ def test_weights_are_read_from_a_run_folder(trained: Tiny, tmp_path: Path, names
 
 
 def test_a_run_folder_gives_its_final_weights_first(trained: Tiny, tmp_path: Path) -> None:
-    (tmp_path / "pretrain").mkdir()
-    save_file(Tiny().state_dict(), tmp_path / "pretrain" / "weights.safetensors")
-    save_file(trained.state_dict(), tmp_path / "weights.safetensors")
+    for stage, network in (("pretrain", Tiny()), ("dense", Tiny()), ("tune", trained)):
+        (tmp_path / stage).mkdir()
+        save_file(network.state_dict(), tmp_path / stage / "weights.safetensors")
     model = Tiny()
     load_weights(model, tmp_path)
     assert equal_states(model, trained)
+
+
+@pytest.mark.parametrize("stage", ["dense", "search"])
+def test_a_run_that_is_under_way_has_no_weights_to_give(trained: Tiny, tmp_path: Path, stage: str) -> None:
+    path = tmp_path / "pretrain" / "weights.safetensors"
+    path.parent.mkdir()
+    save_file(trained.state_dict(), path)
+    (tmp_path / stage).mkdir()
+    with pytest.raises(FileNotFoundError, match=f"which has not tuned .*or name {path}"):
+        load_weights(Tiny(), tmp_path)
+    load_weights(Tiny(), path)
 
 
 def test_build_model_takes_the_weights_of_the_configuration(tmp_path: Path) -> None:

@@ -34,10 +34,9 @@ from vpns.data import DATASETS, ImageSet, Split, make_batch
 from vpns.files import read_tensors
 from vpns.label_map import LabelMap
 from vpns.masking import attach_masks, refresh
-from vpns.methods import Start as MethodStart
-from vpns.methods import find_method
+from vpns.methods import Start, find_method
 from vpns.models import MODELS, build_model
-from vpns.observe import EpochMetrics, Observer, Start
+from vpns.observe import EpochMetrics, Observer, StageStart
 from vpns.optimizers import build_optimizer
 from vpns.predictor import Predictor
 from vpns.prompt import Prompt, build_prompt
@@ -139,7 +138,7 @@ class Lockstep(Observer):
         self.epochs: list[tuple[dict[str, Tensor], dict[str, Tensor], Tensor]] = []
         self.stage = ""
 
-    def on_start(self, start: Start) -> None:
+    def on_start(self, start: StageStart) -> None:
         self.stage = start.stage
         if start.stage == "search":
             self._begin_search()
@@ -259,7 +258,7 @@ def test_both_stages_do_what_the_published_formulas_say(
 def make_learner(model: str) -> Learner:
     """The project's learner before its first update, in float64; all that either stage trains is learned."""
     network = build_model(ModelConfig(model), 20, seed=5)
-    scores = find_method("vpns").start_scores(MethodStart(network, None, UNSTRUCTURED, seed=0))
+    scores = find_method("vpns").start_scores(Start(network, None, UNSTRUCTURED, seed=0))
     masked = attach_masks(network, UNSTRUCTURED, scores)
     refresh(masked, UNSTRUCTURED, DENSITY, "published")
     masked.requires_grad_(True)

@@ -25,7 +25,7 @@ from vpns.config import (
 from vpns.data import ImageSet, Split
 from vpns.files import read_json, read_tensors
 from vpns.metrics import MetricsLog
-from vpns.observe import End, EpochMetrics, Observer, Start, Step
+from vpns.observe import End, EpochMetrics, Observer, StageStart, Step
 from vpns.run import execute, load_config, open_finished
 from vpns.stages import load_pruned
 
@@ -38,7 +38,7 @@ class Recorder(Observer):
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
-    def on_start(self, start: Start) -> None:
+    def on_start(self, start: StageStart) -> None:
         self.seen.append(start)
 
     def on_step(self, step: Step) -> None:
@@ -209,8 +209,8 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_weights(
         execute(tmp_path / "run", config, "eval", [At(stage, update, interrupt)])
     resumed = Recorder()
     execute(tmp_path / "run", config, "eval", [resumed])
-    starts = [seen for seen in resumed.seen if isinstance(seen, Start)]
-    assert starts[0] == Start(stage, 9, update)
+    starts = [seen for seen in resumed.seen if isinstance(seen, StageStart)]
+    assert starts[0] == StageStart(stage, 9, update)
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
     assert signal.getsignal(signal.SIGINT) is handler
@@ -267,8 +267,8 @@ def test_a_stage_half_done_on_something_else_begins_anew(tmp_path: Path, tiny_ta
     shutil.copytree(tmp_path / "other" / "pretrain", tmp_path / "run" / "pretrain")
     again = Recorder()
     execute(tmp_path / "run", config, "search", [again])
-    starts = {seen.stage: seen for seen in again.seen if isinstance(seen, Start)}
-    assert starts["search"] == Start("search", 9, 0)
+    starts = {seen.stage: seen for seen in again.seen if isinstance(seen, StageStart)}
+    assert starts["search"] == StageStart("search", 9, 0)
 
 
 def test_a_stage_that_was_built_on_something_else_is_done_again(

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import vpns.data.check
-from vpns.cli import EXIT_ERROR, EXIT_INTERRUPTED, main, parse
+from vpns.cli import EXIT_ERROR, main, parse
+from vpns.complaint import EXIT_INTERRUPTED
 from vpns.config import RunConfig
 from vpns.data import download
 from vpns.report_options import find_comparison

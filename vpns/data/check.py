@@ -16,7 +16,7 @@ _SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Checked:
+class FoundData:
     """A data set that was found.
 
     Args:
@@ -31,7 +31,7 @@ class Checked:
     problems: tuple[str, ...]
 
 
-def check_data(root: Path, name: str | None = None, decodes: bool = True) -> list[Checked]:
+def check_data(root: Path, name: str | None = None, decodes: bool = True) -> list[FoundData]:
     """Every data set of a folder, or the one of this name.
 
     Args:
@@ -59,7 +59,7 @@ def check_data(root: Path, name: str | None = None, decodes: bool = True) -> lis
     return [_check(layout, home, decodes) for layout, home in certain]
 
 
-def to_text(found: list[Checked]) -> str:
+def to_text(found: list[FoundData]) -> str:
     """A line per data set, and one per problem."""
     lines = []
     for one in found:
@@ -76,11 +76,11 @@ def _holds_folders(root: Path) -> bool:
     return any(path.is_dir() and path.name[0] != "." for path in root.iterdir())
 
 
-def _check(layout: Layout, home: Path, decodes: bool) -> Checked:
+def _check(layout: Layout, home: Path, decodes: bool) -> FoundData:
     try:
         listing = list_data(layout, home)
     except (ValueError, OSError) as error:
-        return Checked(layout.name, home, "not readable", (str(error),))
+        return FoundData(layout.name, home, "not readable", (str(error),))
     counts = ", ".join(
         f"{len(samples.labels):,} images in {name}" for name, samples in listing.splits.items()
     )
@@ -96,7 +96,7 @@ def _check(layout: Layout, home: Path, decodes: bool) -> Checked:
             if file.is_file()
         ]
         problems = (*problems, *_undecodable(files))
-    return Checked(layout.name, home, summary, problems)
+    return FoundData(layout.name, home, summary, problems)
 
 
 def _count_others(layout: Layout, home: Path) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from vpns.masking import rank
 from vpns.methods.base import Method, Start, expect_channels, register
 from vpns_kernels.channels import trace_streams
+from vpns_kernels.convert import stream_name
 
 # The dependencies of a network do not change with the size of its images, as long as they are not too small.
 _SIDE = 64
@@ -34,7 +35,7 @@ def score_groups(start: Start) -> dict[str, Tensor]:
         first = network.get_submodule(stream.producers[0])
         prune = graph.get_pruner_of_module(first).prune_out_channels
         group = graph.get_pruning_group(first, prune, idxs=list(range(stream.channels)))
-        scores[f"channel_mask_{number}"] = rank(importance(group).detach())
+        scores[stream_name(number)] = rank(importance(group).detach())
     return scores
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from vpns.models.head import find_head
 from vpns.models.published import fetch_timm_state, fetch_torchvision_state
 
-# In a run folder, the best weights of the whole run and those of its first stage.
-_RUN_FILES = (Path("weights.safetensors"), Path("pretrain", "weights.safetensors"))
+# Where a run's stages leave a whole network, and which stages lie between.
+_PRETRAINED, _TUNED = (Path(stage, "weights.safetensors") for stage in ("pretrain", "tune"))
+_BETWEEN = ("dense", "search")
 _SHOWN_KEYS = 8
 WEIGHT_LIBRARIES = {"torchvision": fetch_torchvision_state, "timm": fetch_timm_state}
 
@@ -23,8 +24,9 @@ def load_weights(model: nn.Module, source: str | Path, model_name: str = "") -> 
     """Copy trained weights into the model, every one of them or none.
 
     Args:
-        source: a .safetensors, .pth or .pt file, a run folder, "torchvision:NAME" (such as IMAGENET1K_V1) or
-            "timm:TAG" (such as a1_in1k, or default).
+        source: a .safetensors, .pth or .pt file, "torchvision:NAME" (such as IMAGENET1K_V1), "timm:TAG" (such
+            as a1_in1k, or default), or a run folder, which gives what the run ended with: tuned weights, or
+            pretrained ones where it went no further.
         model_name: the architecture's name in torchvision or timm; needed for their weights alone.
     """
     kind, _, weights_name = str(source).partition(":")
@@ -49,11 +51,7 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], strict: bool = T
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
-        files = [path / name for name in _RUN_FILES if (path / name).is_file()]
-        if not files:
-            wanted = " or ".join(str(name) for name in _RUN_FILES)
-            raise FileNotFoundError(f"load_weights: expected {wanted} in the run folder, got {path}")
-        path = files[0]
+        path = _find_last(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_weights: expected a weight file or a run folder, got {path}")
     if path.suffix not in (".safetensors", ".pth", ".pt"):
@@ -72,6 +70,23 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             "(save model.state_dict() alone)"
         )
     return dict(state)
+
+
+def _find_last(folder: Path) -> Path:
+    """The file of the run's last stage that leaves a whole network."""
+    if (folder / _TUNED).is_file():
+        return folder / _TUNED
+    pretrained = folder / _PRETRAINED
+    if not pretrained.is_file():
+        wanted = f"{_TUNED} or {_PRETRAINED}"
+        raise FileNotFoundError(f"load_weights: expected {wanted} in the run folder, got {folder}")
+    if any((folder / stage).exists() for stage in _BETWEEN):
+        # Neither what it began with nor what it will end with can be what was meant for certain.
+        raise FileNotFoundError(
+            f"load_weights: expected {_TUNED} in the run folder, got {folder}, which has not tuned "
+            f"(vpns tune {folder}; or name {pretrained})"
+        )
+    return pretrained
 
 
 def _check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vpns.config import RunConfig, flatten
+from vpns.config import FREE_KEYS, RunConfig, flatten
 from vpns.files import read_json
 from vpns.report.outcome import Row, describe_run
 from vpns.statistics import PairedTest, compare_paired, find_interval
 
 SEED, DENSITY = "seed", "density"
-# Settings that make no other experiment.
-_IGNORED = ("threads", "device", "save_every_s")
 
 
 @dataclass(frozen=True)
@@ -112,6 +110,6 @@ def describe_choices(choices: Mapping[str, str]) -> str:
 
 def _find_differences(configs: Mapping[Path, RunConfig]) -> dict[Path, dict[str, str]]:
     settings = {folder: flatten(config.to_dict()) for folder, config in configs.items()}
-    keys = dict.fromkeys(key for flat in settings.values() for key in flat if key not in _IGNORED)
+    keys = dict.fromkeys(key for flat in settings.values() for key in flat if key not in FREE_KEYS)
     differing = [key for key in keys if len({repr(flat.get(key)) for flat in settings.values()}) > 1]
     return {folder: {key: str(flat.get(key)) for key in differing} for folder, flat in settings.items()}

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from vpns.config import RunConfig
 from vpns.report.arms import Arm
-from vpns.reproduce.experiment import Comparison, Experiment, Settings, keep_existing
+from vpns.reproduce.experiment import Comparison, DottedSettings, Experiment, keep_existing
 
 FULL, FROZEN, LEARNED, INSIDE = "a_full_image", "b_frozen_frame", "c_learned_frame", "d_inside_alone"
 
 
-def build_axes(config: RunConfig) -> Settings:
+def build_axes(config: RunConfig) -> DottedSettings:
     """The four arms at the run's own canvas, frame and density."""
     prompt = config.prompt
     inside = prompt.canvas - 2 * prompt.frame

@@ -13,7 +13,7 @@ from vpns.config import RunConfig
 from vpns.report.arms import Arm, Run, group_arms
 from vpns.report.blocks import Section, Table
 from vpns.report.markdown import show_number
-from vpns.reproduce.experiment import Comparison, Experiment, Row, Settings, pair_by_density
+from vpns.reproduce.experiment import Comparison, DottedSettings, Experiment, Row, pair_by_density
 from vpns.run import open_finished
 from vpns.stages.networks import load_source
 from vpns.stages.pruned import load_pruned
@@ -24,7 +24,7 @@ DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5)
 METHODS = ("vpns", "l1", "depgraph")
 
 
-def build_axes(config: RunConfig) -> Settings:
+def build_axes(config: RunConfig) -> DottedSettings:
     """Three methods at the paper's densities."""
     return {"method": list(METHODS), "density": list(DENSITIES)}
 

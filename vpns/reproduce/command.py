@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from vpns.complaint import EXIT_INTERRUPTED
 from vpns.config import RunConfig, flatten
 from vpns.files import make_folder, write_json
 from vpns.observe import Progress
@@ -20,14 +21,14 @@ from vpns.report.outcome import Row
 from vpns.report.several import read_sweep
 from vpns.reproduce.arms import ARMS
 from vpns.reproduce.channels import EXP3
-from vpns.reproduce.experiment import Comparison, Experiment, Settings
+from vpns.reproduce.experiment import Comparison, DottedSettings, Experiment
 from vpns.reproduce.frames import EXP2
 from vpns.reproduce.hydra import EXP1
 from vpns.reproduce_options import ReproduceOptions
 from vpns.run import execute
 from vpns.state import SCHEMA_VERSION
 from vpns.sweep import Grid, build_grid, run_sweep
-from vpns.sweep.command import EXIT_INTERRUPTED, tell_cost, tell_failures
+from vpns.sweep.command import tell_cost, tell_failures
 from vpns_kernels.measure import fingerprint
 
 EXPERIMENTS = {experiment.name: experiment for experiment in (ARMS, EXP1, EXP2, EXP3)}
@@ -69,7 +70,7 @@ def do_reproduce(options: ReproduceOptions) -> int:
     return tell_failures(swept, sweep.folder)
 
 
-def make_grid(experiment: Experiment, settings: Settings, seeds: int | None) -> Grid:
+def make_grid(experiment: Experiment, settings: DottedSettings, seeds: int | None) -> Grid:
     """The experiment's runs; the same but for their number, whoever asks."""
     (run,) = build_grid({"settings": settings, "grid": {"seed": [1]}}).runs
     axes = experiment.build_axes(run.config) | {
@@ -160,7 +161,7 @@ def _tell_verdict(test: Row) -> str:
     return head + f"The interval holds 0: no difference is shown; {missed}."
 
 
-def _pretrain(folder: Path, settings: Settings) -> Path:
+def _pretrain(folder: Path, settings: DottedSettings) -> Path:
     """One network that knows letters, as the paper's runs share one that knows ImageNet."""
     own = {"settings": settings | {"model.weights": None}, "grid": {"seed": [_PRETRAIN_SEED]}}
     (run,) = build_grid(own).runs
@@ -169,7 +170,7 @@ def _pretrain(folder: Path, settings: Settings) -> Path:
     return target
 
 
-def _read_settings(path: Path) -> Settings:
+def _read_settings(path: Path) -> DottedSettings:
     """Of a YAML file as `vpns run --config` takes it; seeds are the experiment's."""
     try:
         content = yaml.safe_load(path.read_text())

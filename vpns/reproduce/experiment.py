@@ -10,7 +10,7 @@ from vpns.config import RunConfig
 from vpns.report.arms import Arm, Run
 from vpns.report.blocks import Section
 
-Settings = dict[str, Any]
+DottedSettings = dict[str, Any]
 Row = dict[str, Any]
 
 
@@ -45,9 +45,9 @@ class Experiment:
     name: str
     title: str
     question: str
-    embedded: Settings
+    embedded: DottedSettings
     seeds: int
-    build_axes: Callable[[RunConfig], Settings]
+    build_axes: Callable[[RunConfig], DottedSettings]
     until: str
     compare: Callable[[Sequence[Arm]], Sequence[Comparison]]
     wanted_points: float | None = None

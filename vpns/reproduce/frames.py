@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from vpns.config import PromptConfig, RunConfig
 from vpns.report.arms import Arm, Run, group_arms
 from vpns.report.blocks import Section, Table
-from vpns.reproduce.experiment import Comparison, Experiment, Row, Settings, scale_frame
+from vpns.reproduce.experiment import Comparison, DottedSettings, Experiment, Row, scale_frame
 
 PAPER_FRAMES = (16, 32, 48, 64)
 
 
-def build_axes(config: RunConfig) -> Settings:
+def build_axes(config: RunConfig) -> DottedSettings:
     """The paper's frames, on the run's canvas."""
     frames = dict.fromkeys(scale_frame(config, frame) for frame in PAPER_FRAMES)
     return {"prompt.frame": list(frames)}

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from vpns.config import RunConfig
 from vpns.report.arms import Arm
-from vpns.reproduce.experiment import Comparison, Experiment, Settings, pair_by_density
+from vpns.reproduce.experiment import Comparison, DottedSettings, Experiment, pair_by_density
 
 VPNS, HYDRA, TWICE = "vpns", "hydra", "hydra_twice"
 # The paper's, and beyond: most of them keep what this task needs.
 DENSITIES = (0.6, 0.4, 0.2, 0.1, 0.05, 0.02)
 
 
-def build_axes(config: RunConfig) -> Settings:
+def build_axes(config: RunConfig) -> DottedSettings:
     """Two budgets of HYDRA beside VPNs."""
     twice = {"search.epochs": 2 * config.search.epochs, "tune.epochs": 2 * config.tune.epochs}
     methods = {VPNS: {"method": "vpns"}, HYDRA: {"method": "hydra"}, TWICE: {"method": "hydra"} | twice}

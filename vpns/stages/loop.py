@@ -14,7 +14,7 @@ from vpns.batches import Batch, Pass, count_iterations, derive_seed, iterate_epo
 from vpns.config import StageConfig
 from vpns.data import Split
 from vpns.nonfinite import locate_nonfinite
-from vpns.observe import EpochMetrics, Start, Step
+from vpns.observe import EpochMetrics, StageStart, Step
 from vpns.optimizers import load_optimizer, optimizer_tensors
 from vpns.stages.context import Context
 from vpns.stages.interrupt import deferred_interrupt
@@ -91,7 +91,7 @@ class _Loop:
         position, epochs = self.position, self.training.settings.epochs
         updates = self.iterations * sum(len(self.training.begin_epoch(epoch)) for epoch in range(epochs))
         for observer in self.context.observers:
-            observer.on_start(Start(self.training.stage, updates, position.updates))
+            observer.on_start(StageStart(self.training.stage, updates, position.updates))
         with deferred_interrupt() as is_asked:
 
             def is_interrupted() -> bool:

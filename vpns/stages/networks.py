@@ -18,6 +18,10 @@ from vpns.predictor import Predictor
 from vpns.prompt import Prompt, build_prompt
 from vpns.stages.context import Context
 from vpns.state import SCHEMA_VERSION
+from vpns_kernels.sparse_modules import layout_names
+
+# Images of a batch by which a label map is counted; each draws its augmentation: others give other maps.
+_COUNTED_AT_ONCE = 256
 
 
 def load_source(context: Context) -> nn.Module:
@@ -130,7 +134,7 @@ def find_label_map(
         context.images.train,
         (Pass(is_prompted, augmented=True),),
         (f"{stage}/label_map", epoch, 0),
-        256,
+        _COUNTED_AT_ONCE,
         prompt.image_size,
         config.data,
         config.seed,
@@ -161,11 +165,8 @@ def changing_tensors(*modules: tuple[str, nn.Module]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for prefix, module in modules:
         tensors |= {f"{prefix}{n}": p for n, p in module.named_parameters() if p.requires_grad}
-        persistent = module.state_dict(keep_vars=True)
-        # Where packed weights stand does not change.
-        tensors |= {
-            f"{prefix}{n}": b for n, b in module.named_buffers() if n in persistent and "layout_" not in n
-        }
+        changing = module.state_dict(keep_vars=True).keys() - layout_names(module)
+        tensors |= {f"{prefix}{n}": b for n, b in module.named_buffers() if n in changing}
     return tensors
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vpns.complaint import EXIT_INTERRUPTED
 from vpns.report.outcome import Row
 from vpns.report.several import compare_folders
 from vpns.sweep.estimate import estimate_cost
@@ -14,7 +15,6 @@ from vpns.sweep.sweep import Swept, run_sweep
 from vpns.sweep_options import SweepOptions
 
 EXIT_FAILED_RUNS = 1
-EXIT_INTERRUPTED = 130
 _COLUMNS = ("accuracy", "dense_accuracy", "weight_density", "train_seconds", "sparse_ms", "speedup")
 
 

@@ -15,6 +15,7 @@ from vpns.complaint import describe_error, is_user_error
 from vpns.config import RunConfig
 from vpns.files import make_folder, read_json, write_json
 from vpns.state import SCHEMA_VERSION
+from vpns_kernels.memory import peak_resident_bytes
 
 # What runs of equal settings up to here have in common.
 SHARED_STAGES = ("pretrain", "dense")
@@ -81,14 +82,14 @@ def do_job(job: Job) -> Outcome:
     from vpns.observe import Progress
     from vpns.run import execute
 
-    started_at, begun_bytes = time.monotonic(), _peak_bytes()
+    started_at, begun_bytes = time.monotonic(), peak_resident_bytes()
     make_folder(job.log.parent)
     with job.log.open("a") as log:
         try:
             if job.lender is not None:
                 borrow_stages(job.lender, job.folder)
             execute(job.folder, job.config, job.until, [Progress(log)])
-            _note_peak(job.folder / "job.json", _peak_bytes() - begun_bytes)
+            _note_peak(job.folder / "job.json", peak_resident_bytes() - begun_bytes)
         except Exception as error:
             if not is_user_error(error):
                 raise
@@ -103,13 +104,6 @@ def _note_peak(path: Path, peak_bytes: int) -> None:
     """The most of all processes that worked on a job: one that went on with a run may have needed less."""
     before = read_json(path)["peak_bytes"] if path.exists() else 0
     write_json(path, {"schema_version": SCHEMA_VERSION, "peak_bytes": max(before, peak_bytes)})
-
-
-def _peak_bytes() -> int:
-    """The most memory of this process since it was forked (VmHWM); 0 where the system does not say."""
-    path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def borrow_stages(lender: Path, folder: Path) -> None:

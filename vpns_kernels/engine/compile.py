@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vpns_kernels import native
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.engine.drafts import Lowered
 from vpns_kernels.engine.engine import Engine, check_threads
 from vpns_kernels.engine.gpu import GpuEngine
@@ -18,7 +19,7 @@ from vpns_kernels.engine.gpu_compile import choose_kernels, device_dtype
 from vpns_kernels.engine.lower import lower
 from vpns_kernels.engine.report import StepReport, describe_pruning
 from vpns_kernels.engine.select import draft_plan
-from vpns_kernels.engine.strips import with_strips
+from vpns_kernels.engine.strips import CLEARLY, with_strips
 from vpns_kernels.engine.trace import Traced, trace_network
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -27,8 +28,6 @@ _CHUNKS = (1, 2, 4, 8, 16)
 _REPEATS = 3
 # Repeats while a layer looks slower without most of its products: something else may have had the cores.
 _MOST_REPEATS = 12
-# A later candidate has to be this much faster: timings of the same thing differ as much.
-_CLEARLY = 0.97
 
 
 def compile(
@@ -80,13 +79,13 @@ def compile(
         notes = {program.name: program.note for program in lowered.programs}
         return choose_kernels(draft_plan(lowered, chosen, {}), lowered.programs, device, example, notes)
     threads_now = threads or torch.get_num_threads()
-    rivals = _Rivals(lowered, chosen, threads)
+    twins = _Twins(lowered, chosen, threads)
     best: _Timed | None = None
     for chunk in _CHUNKS:
         if best is not None and chunk * threads_now > len(example):
             break
-        timed = rivals.time(chunk, example[: chunk * threads_now])
-        if best is None or timed.ms_per_image < _CLEARLY * best.ms_per_image:
+        timed = twins.time(chunk, example[: chunk * threads_now])
+        if best is None or timed.ms_per_image < CLEARLY * best.ms_per_image:
             best = timed
     assert best is not None
     plan = draft_plan(lowered, chosen, best.is_sparse, best.chunk)
@@ -112,7 +111,7 @@ def _cast_programs(lowered: Lowered, dtype: torch.dtype, example: Tensor) -> Non
         else:
             GpuEngine(plan, example.device, programs=cast, is_recorded=False)(example[:1])
     except RuntimeError as error:
-        why = f"in float32, as torch lacks some of it in {str(dtype)[6:]}: {str(error).splitlines()[0]}"
+        why = f"in float32, as torch lacks some of it in {dtype_name(dtype)}: {str(error).splitlines()[0]}"
         cast = [replace(program, note=f"{program.note} ({why})") for program in lowered.programs]
     lowered.programs = cast
 
@@ -130,7 +129,7 @@ def _choose(engine: Engine, traced: Traced, dtype: torch.dtype, example: Tensor)
             rival(example)
             taken.append(1e3 * (time.perf_counter() - started) / len(example))
     mixed_ms, alone_ms = (min(taken[1:]) for taken in times.values())
-    if alone_ms >= _CLEARLY * mixed_ms:
+    if alone_ms >= CLEARLY * mixed_ms:
         return engine
     note = f"torch alone takes {alone_ms:.3f} ms, {mixed_ms:.3f} with native steps between"
     note = f"{note}: {lowered.programs[0].note}"
@@ -151,7 +150,7 @@ class _Timed:
     reports: list[StepReport]
 
 
-class _Rivals:
+class _Twins:
     """The network twice: without what was pruned, and with everything."""
 
     def __init__(self, lowered: Lowered, dtype: torch.dtype, threads: int | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import native
+from vpns_kernels.dtypes import DTYPE_NAMES
 from vpns_kernels.engine.artifact import write_artifact
 from vpns_kernels.engine.parts import EnginePart, NativePart, make_parts
 from vpns_kernels.engine.plan import Plan
@@ -22,7 +23,6 @@ from vpns_kernels.engine.programs import (
     export_program,
 )
 from vpns_kernels.engine.report import EngineReport, StepReport
-from vpns_kernels.ops._cpu.prepared import DTYPE_NAMES
 
 # With one image, torch.export would take the batch size for a constant.
 _EXPORT_IMAGES = 3

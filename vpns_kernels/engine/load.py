@@ -31,7 +31,7 @@ def load(
     Args:
         threads: of each call on a CPU; torch's number by default.
         device: where it will run.
-        images: of a batch, where layers are timed.
+        images: that a batch will have; layers that are timed again on a GPU are chosen for it.
 
     Raises:
         ArtifactError: names the file and what is wrong with it; also where it holds layers but no network.

@@ -108,14 +108,14 @@ def _leave_to_torch(to: Lowering, traced: Traced, segment: Segment) -> None:
 
 def _convolution(to: Lowering, node: fx.Node) -> None:
     x, weight, bias, stride, padding, dilation, groups = arguments_of(node, None, (1, 1), (0, 0), (1, 1), 1)
-    K, C, R, S = to.tensor_of(node, weight).shape
+    shape = to.tensor_of(node, weight).shape
     stride, dilation = pair(stride), pair(dilation)
     if isinstance(padding, str):
-        reach = (dilation[0] * (R - 1), dilation[1] * (S - 1))
+        reach = (dilation[0] * (shape[2] - 1), dilation[1] * (shape[3] - 1))
         if padding == "same" and (reach[0] % 2 or reach[1] % 2):
             to.refuse(node, "padding 'same' pads one side more than the other")
         padding = (reach[0] // 2, reach[1] // 2) if padding == "same" else (0, 0)
-    geometry = ConvGeometry(C * groups, K, (R, S), stride, pair(padding), dilation, groups)
+    geometry = ConvGeometry.from_weight(shape, stride, pair(padding), dilation, groups)
     if isinstance(framed := to.virtual.get(x), Framed):
         return convolve_framed(to, node, framed, weight, bias, geometry)
     return _add_weighted(to, node, "conv2d", x, weight, bias, geometry)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.engine.arguments import arguments_of, each_channel
 from vpns_kernels.engine.drafts import Draft, Lowering
 from vpns_kernels.engine.lower_framed import add_framed, pad_framed, reads_framed
@@ -118,7 +119,7 @@ def _combine(to: Lowering, node: fx.Node, x: Any, scale: Any, shift: Any, sign: 
 
 
 def _describe(value: Tensor) -> str:
-    return f"{str(value.dtype)[6:]} [N, {', '.join(map(str, value.shape[1:]))}]"
+    return f"{dtype_name(value.dtype)} [N, {', '.join(map(str, value.shape[1:]))}]"
 
 
 def _by_channel(to: Lowering, node: fx.Node, constant: Tensor, channels: int) -> Tensor:

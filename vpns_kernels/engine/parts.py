@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import native
+from vpns_kernels.dtypes import DTYPE_NAMES
 from vpns_kernels.engine.plan import Plan
 from vpns_kernels.engine.programs import TorchProgram
-from vpns_kernels.ops._cpu.prepared import DTYPE_NAMES
 
 
 class EnginePart(Protocol):

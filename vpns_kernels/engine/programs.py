@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vpns_kernels.copying import cast_floats
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.engine.program_file import check_program, strip_program
 from vpns_kernels.engine.trace import Traced, is_computed, place_of
 
@@ -73,7 +74,7 @@ class TorchProgram:
 
     def cast(self, dtype: torch.dtype) -> TorchProgram:
         """The same with weights and values of another type."""
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         reads = tuple(replace(port, dtype=name) for port in self.reads)
         return replace(self, module=cast_floats(copy.deepcopy(self.module), dtype), reads=reads)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.engine.plan import Plan, PlanStep
 from vpns_kernels.text_table import align
 
@@ -149,4 +150,4 @@ def _flops(plan: Plan, step: PlanStep) -> int:
 
 def _dtype(plan: Plan) -> str:
     assert plan.input is not None
-    return str(plan.values[plan.input].dtype)[6:]
+    return dtype_name(plan.values[plan.input].dtype)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.engine.gpu_weights import LayerWeights
 
 _GROUP, _KEPT = 4, 2
@@ -33,7 +34,7 @@ def why_not(weights: LayerWeights) -> str | None:
         sizes = f"{g.in_channels} inputs and {g.out_channels} outputs"
         return f"it takes multiples of {_MULTIPLES[1]} inputs and {_MULTIPLES[0]} outputs, got {sizes}"
     if weights.dtype not in _DTYPES:
-        return f"it takes bfloat16 and float16, got {str(weights.dtype)[6:]}"
+        return f"it takes bfloat16 and float16, got {dtype_name(weights.dtype)}"
     return why_no_device(weights.device)
 
 

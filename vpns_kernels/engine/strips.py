@@ -20,8 +20,8 @@ from vpns_kernels.engine.plan import Plan
 # First step and number of steps, as Plan.strips has them.
 Group = tuple[int, int]
 _REPEATS = 4
-# Strips have to be this much faster: timings of the same thing differ as much.
-_CLEARLY = 0.97
+# A later candidate has to be this much faster: timings of the same thing differ as much.
+CLEARLY = 0.97
 
 
 def with_strips(engine: Engine, x: Tensor) -> Engine:
@@ -62,10 +62,10 @@ def choose_strips(
     chosen: list[Group] = []
     for run in [*runs, *(piece for piece in pieces if not any(_holds(run, piece) for run in runs))]:
         inner = [piece for piece in pieces if _holds(run, piece)]
-        inner = [piece for piece in inner if _total(by_pieces, piece) < _CLEARLY * _total(alone, piece)]
+        inner = [piece for piece in inner if _total(by_pieces, piece) < CLEARLY * _total(alone, piece)]
         gained = sum(_total(alone, piece) - _total(by_pieces, piece) for piece in inner)
         whole = _total(by_runs, run) if run in runs else math.inf
-        if whole < _CLEARLY * _total(alone, run) and whole < _total(alone, run) - gained:
+        if whole < CLEARLY * _total(alone, run) and whole < _total(alone, run) - gained:
             chosen.append(run)
         else:
             chosen += inner

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vpns_kernels.convert import sparsify
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.engine import Engine, compile
 from vpns_kernels.measure.timing import interleave
 from vpns_kernels.patterns import Channel, Pattern
@@ -50,7 +51,7 @@ class Deployed:
         """The type of activations and weights inside, such as "bfloat16"."""
         plan = self.engine.plan
         assert plan.input is not None
-        return str(plan.values[plan.input].dtype).removeprefix("torch.")
+        return dtype_name(plan.values[plan.input].dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The engine's outputs."""

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from vpns_kernels import native
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.measure.layers import Layer
 from vpns_kernels.measure.opponents import find_opponents, find_sparseprop
+from vpns_kernels.measure.random_network import draw_units
+from vpns_kernels.measure.subject import Call, without_grad
 from vpns_kernels.measure.timing import Sample, compare, interleave
 from vpns_kernels.ops import select_threshold
 from vpns_kernels.ops._cpu import Prepared
@@ -23,7 +26,7 @@ from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
 
 # An output further from dense than this share of the largest is no rounding.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-_COPY_FLOATS = 1 << 24
+_COPY_FLOATS, _COPY_ROUNDS = 1 << 24, 6
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def bench_layer(
         RuntimeError: an engine that is not there, or a variant whose outputs are not those of the layer.
     """
     x, dense = make_input(layer, batch), make_weight(layer)
-    calls: dict[str, Callable[[], Tensor]] = {}
+    calls: dict[str, Call] = {}
     for name, opponent in find_opponents(dense, x, opponents).items():
         if opponent.call is None:
             raise RuntimeError(f"bench_layer: expected {name!r}, got: {opponent.why_not}")
@@ -62,14 +65,14 @@ def bench_layer(
     sparse = [make_sparse(dense, mask, variant) for mask, variant in zip(masks, variants, strict=True)]
     inputs = {variant.dtype: x.to(variant.dtype) for variant in variants}
     for number, (variant, mask) in enumerate(zip(variants, masks, strict=True)):
-        calls[f"sparse {number}"] = _without_grad(sparse[number], inputs[variant.dtype])
+        calls[f"sparse {number}"] = without_grad(sparse[number], inputs[variant.dtype])
         _check(layer, dense, mask, inputs[variant.dtype], calls[f"sparse {number}"]())
     for number, (variant, mask) in enumerate(zip(variants, masks, strict=True)):
         if variant.pattern.name == "unstructured" and variant.dtype == torch.float32:
             given = x.contiguous()
             rival = find_sparseprop(_masked(layer, dense, mask), given)
             if rival is not None:
-                calls[f"sparseprop {number}"] = _without_grad(rival, given)
+                calls[f"sparseprop {number}"] = without_grad(rival, given)
     samples = interleave(calls, rounds)
     timed = {name: samples[name] for name in engines}
     rows = []
@@ -161,9 +164,9 @@ def roofline(row: dict[str, Any], ceilings: dict[str, float], copy_gb_per_s: flo
     }
 
 
-def _least_seconds(call: Callable[[], object], rounds: int = 6) -> float:
+def _least_seconds(call: Callable[[], object]) -> float:
     times = []
-    for _ in range(rounds):
+    for _ in range(_COPY_ROUNDS):
         started = time.perf_counter()
         call()
         times.append(time.perf_counter() - started)
@@ -191,19 +194,12 @@ def make_mask(layer: Layer, dense: nn.Conv2d | nn.Linear, variant: Variant) -> T
     generator = torch.Generator().manual_seed(variant.seed)
     shape = tuple(dense.weight.shape)
     if isinstance(variant.pattern, Channel):
-        kept = [_draw((size,), math.sqrt(variant.density), generator) for size in shape[:2]]
+        kept = [draw_units((size,), math.sqrt(variant.density), generator) for size in shape[:2]]
         return (
             (kept[0][:, None] & kept[1]).view(*shape[:2], *(1 for _ in shape[2:])).expand(shape).contiguous()
         )
-    units = _draw(variant.pattern.units_shape(shape), variant.density, generator)
+    units = draw_units(variant.pattern.units_shape(shape), variant.density, generator)
     return variant.pattern.expand(units, shape).contiguous()
-
-
-def _draw(shape: tuple[int, ...], density: float, generator: torch.Generator) -> Tensor:
-    units = torch.zeros(math.prod(shape), dtype=torch.bool)
-    kept = max(1, math.floor(density * units.numel() + 0.5))
-    units[torch.randperm(units.numel(), generator=generator)[:kept]] = True
-    return units.view(shape)
 
 
 def make_sparse(dense: nn.Conv2d | nn.Linear, mask: Tensor, variant: Variant) -> SparseConv2d | SparseLinear:
@@ -228,15 +224,6 @@ def _masked(layer: Layer, dense: nn.Conv2d | nn.Linear, mask: Tensor) -> nn.Conv
     masked = layer.build()
     masked.weight.copy_(dense.weight * mask)
     return masked
-
-
-def _without_grad(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with torch.no_grad():
-            result: Tensor = module(x)
-            return result
-
-    return call
 
 
 def _row(
@@ -269,7 +256,7 @@ def _row(
         "pattern": variant.pattern.spec,
         "density": variant.density,
         "weight_density": real_density,
-        "dtype": str(variant.dtype)[6:],
+        "dtype": dtype_name(variant.dtype),
         "seed": variant.seed,
         "asked": variant.kernel,
         "kernel": module.kernel_for(x),

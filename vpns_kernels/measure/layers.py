@@ -79,7 +79,11 @@ def read_layers(path: Path) -> list[Layer]:
 
 
 def format_layers(layers: Iterable[Layer]) -> str:
-    """Lines that read_layers reads back; ValueError where a layer has two strides, paddings, or dilation."""
+    """Lines that read_layers reads back; of a network of one's own, from layers_of.
+
+    Raises:
+        ValueError: a layer with two strides, two paddings, or dilation.
+    """
     lines = ["# name C K R S stride pad groups H W count"]
     for layer in layers:
         g = layer.geometry

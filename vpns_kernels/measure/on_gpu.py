@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from vpns_kernels.engine.graphs import CudaRecorder
 from vpns_kernels.measure.dense_layers import list_layers
 from vpns_kernels.measure.deployed import Deployment
-from vpns_kernels.measure.opponents import cast_network
-from vpns_kernels.measure.subject import Call, Opponent, Subject
+from vpns_kernels.measure.subject import Call, Opponent, Subject, cast_input, cast_network, without_grad
 from vpns_kernels.measure.timing import Sample
 from vpns_kernels.measure.whole_network import Clock, Rivals, Settings
 from vpns_kernels.patterns import Pattern
@@ -60,8 +59,8 @@ def find_gpu_rivals(network: nn.Module, x: Tensor, names: Iterable[str] | None =
     subject = Subject(copy.deepcopy(network).to(x.device), x)
     calls: dict[str, Call] = {}
     for name in asked:
-        cast, given = cast_network(subject.network, x, torch.bfloat16)
-        found = subject.check(Opponent(name, _MAKERS[name](cast, given)))
+        cast = cast_network(subject.network, torch.bfloat16)
+        found = subject.check(Opponent(name, _MAKERS[name](cast, cast_input(x, torch.bfloat16))))
         if found.call is None:
             raise NotImplementedError(f"bench: expected the dense engine {name!r}, got: {found.why_not}")
         calls[name] = found.call
@@ -111,12 +110,12 @@ def _layers(
 
 def _take(x: Tensor, dtype: str) -> Tensor:
     """In the type and order of the network: the dense engines have that before they are timed, too."""
-    return x.to(getattr(torch, dtype)).contiguous(memory_format=torch.channels_last)
+    return cast_input(x, getattr(torch, dtype))
 
 
 def _eager(network: nn.Module, x: Tensor) -> Call:
     """Recorded: what Python costs between torch's kernels is not the opponent's fault."""
-    call = _without_grad(network, x)
+    call = without_grad(network, x)
     if x.device.type != "cuda":
         return call
     y, replay = CudaRecorder(x.device).record(call)
@@ -130,17 +129,9 @@ def _eager(network: nn.Module, x: Tensor) -> Call:
 
 def _autotuned(network: nn.Module, x: Tensor) -> Call:
     compiled = torch.compile(network, mode="max-autotune", dynamic=False)
-    call = _without_grad(compiled, x)
+    call = without_grad(compiled, x)
     call()
     return call
 
 
 _MAKERS: dict[str, Callable[[nn.Module, Tensor], Call]] = {EAGER: _eager, AUTOTUNED: _autotuned}
-
-
-def _without_grad(network: Callable[[Tensor], Tensor], x: Tensor) -> Call:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return network(x)
-
-    return call

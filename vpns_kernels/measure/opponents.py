@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vpns_kernels.measure.onnx_engines import deepsparse, onnxruntime, openvino
-from vpns_kernels.measure.subject import Call, Opponent, Subject
+from vpns_kernels.measure.subject import Opponent, Subject, cast_input, cast_network, without_grad
 
 
 def find_opponents(network: nn.Module, x: Tensor, names: Iterable[str] | None = None) -> dict[str, Opponent]:
@@ -36,15 +35,15 @@ def find_opponents(network: nn.Module, x: Tensor, names: Iterable[str] | None = 
 
 
 def _eager(name: str, subject: Subject) -> Opponent:
-    cast, given = cast_network(subject.network, subject.x, _dtype(name))
-    return Opponent(name, _without_grad(cast, given))
+    dtype = _dtype(name)
+    return Opponent(name, without_grad(cast_network(subject.network, dtype), cast_input(subject.x, dtype)))
 
 
 def _compiled(name: str, subject: Subject) -> Opponent:
-    cast, given = cast_network(subject.network, subject.x, _dtype(name))
+    dtype = _dtype(name)
     # Frozen weights are laid out and folded once: the fastest that the compiler offers for inference.
-    compiled = torch.compile(cast, options={"freezing": True})
-    call = _without_grad(compiled, given)
+    compiled = torch.compile(cast_network(subject.network, dtype), options={"freezing": True})
+    call = without_grad(compiled, cast_input(subject.x, dtype))
     try:
         call()
     except RuntimeError as error:
@@ -68,25 +67,6 @@ OPPONENTS: dict[str, Callable[[str, Subject], Opponent]] = {
 
 def _dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name.split()[-1]]
-
-
-def cast_network(network: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    """A copy in evaluation mode and its input, of that type, channels_last."""
-    cast = copy.deepcopy(network).eval().to(dtype)
-    # Not module.to(memory_format): a Conv3d or a 4-D buffer of its own meaning would change too.
-    for module in cast.modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-    given = x.detach().to(dtype)
-    return cast, given.contiguous(memory_format=torch.channels_last) if given.dim() == 4 else given
-
-
-def _without_grad(network: Callable[[Tensor], Tensor], x: Tensor) -> Call:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return network(x)
-
-    return call
 
 
 def find_sparseprop(conv: nn.Module, x: Tensor) -> nn.Module | None:

@@ -27,6 +27,32 @@ class Opponent:
     why_not: str | None = None
 
 
+def cast_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in evaluation mode, of that type, channels_last."""
+    cast = copy.deepcopy(network).eval().to(dtype)
+    # Not module.to(memory_format): a Conv3d or a 4-D buffer of its own meaning would change too.
+    for module in cast.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    return cast
+
+
+def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a network so cast is given."""
+    given = x.detach().to(dtype)
+    return given.contiguous(memory_format=torch.channels_last) if given.dim() == 4 else given
+
+
+def without_grad(network: Callable[[Tensor], Tensor], x: Tensor) -> Call:
+    """The network at work on x, as inference calls it."""
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return network(x)
+
+    return call
+
+
 class Subject:
     """A network in evaluation mode, copied, and its input in float32, for engines to take over."""
 

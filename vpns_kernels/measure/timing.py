@@ -22,6 +22,8 @@ LOCK_PATH = Path(tempfile.gettempdir()) / "vpns-measure.lock"
 _OUTSIDE_FRAC = 0.05
 # What takes a second and is this many times slower than the fastest is timed once.
 _HOPELESS = 5
+# Untimed rounds of what marks its phases: steps of training, which take seconds.
+_PHASES_WARMUP = 1
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,6 @@ class Laps:
 def interleave_phases(
     callables: Mapping[str, Callable[[Laps], object]],
     rounds: int,
-    warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, Sample]]:
     """Time callables in turn that mark their own phases, the same in each round: a Sample for each phase."""
@@ -138,9 +139,9 @@ def interleave_phases(
         callables[name](laps)
         taken[name].append(laps.taken_ms)
 
-    interleave({name: partial(run, name) for name in callables}, rounds, warmup, clock)
+    interleave({name: partial(run, name) for name in callables}, rounds, _PHASES_WARMUP, clock)
     return {
-        name: {phase: Sample(tuple(one[phase] for one in found[warmup:])) for phase in found[-1]}
+        name: {phase: Sample(tuple(one[phase] for one in found[_PHASES_WARMUP:])) for phase in found[-1]}
         for name, found in taken.items()
     }
 

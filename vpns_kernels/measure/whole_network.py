@@ -30,6 +30,8 @@ FURTHER = ("openvino int8", "deepsparse float32")
 _NO_CONTENDER = 1.3
 _FIRST_ROUNDS = 3
 _TRUTH_IMAGES = 2
+# Against float64, of the largest output: bfloat16 through fifty layers of random weights is off by 0.12.
+_LARGEST_ERROR = 0.2
 # Of a step that is no layer with weights.
 _OTHER: dict[str, Any] = {"shape": "", "density": None, "best_dense": None, "dense_ms": None}
 
@@ -253,7 +255,7 @@ def _largest_error(network: nn.Module, found: Tensor, x: Tensor) -> float:
     off, largest = (float(t.abs().max()) for t in (found[: len(some)].cpu().double() - truth, truth))
     # Few random blocks may leave no way through a network: then all outputs are zero, of whoever is right.
     error = off / largest if largest else math.inf if off else 0.0
-    if not error <= 0.2:
+    if not error <= _LARGEST_ERROR:
         raise RuntimeError(
             f"bench: expected the outputs of the pruned network, got some off by {error:.2g} of the largest"
         )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import native
+from vpns_kernels.dtypes import DTYPE_NAMES
 from vpns_kernels.geometry import ConvGeometry
-from vpns_kernels.ops._cpu.prepared import DTYPE_NAMES, describe, multiplied_dtype, refill
+from vpns_kernels.ops._cpu.prepared import describe, multiplied_dtype, refill
 
 
 def why_no_weight_gradient(x: Tensor, values: Tensor) -> str | None:

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import native
+from vpns_kernels.dtypes import DTYPE_NAMES
 from vpns_kernels.geometry import ConvGeometry
 
-DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
 # In names of kernels that multiply pairs of bfloat16 numbers.
 _PAIRS = ("bf16", "amx")
 # Asked once: a graph that torch.compile traces cannot call the library.

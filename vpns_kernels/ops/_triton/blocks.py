@@ -34,14 +34,6 @@ def why_not(block: Pair, geometry: ConvGeometry, dtype: torch.dtype) -> str | No
     return taps.why_not(geometry)
 
 
-def build_geometry(
-    weight_shape: Sequence[int], stride: Pair, padding: Pair, dilation: Pair, groups: int
-) -> ConvGeometry:
-    """From a schema's arguments."""
-    K, C, R, S = weight_shape
-    return ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
-
-
 @dataclass(frozen=True)
 class PackedBlocks:
     """The places of a packed weight's blocks, for all passes; made once for a layout.

@@ -16,7 +16,7 @@ from vpns_kernels.ops._triton.epilogue import Epilogue
 
 def why_not(x: Tensor, values: Tensor, sizes: Sequence[Any]) -> str | None:
     """What the kernels take of a packed weight; sizes as the schemas have them."""
-    geometry, dtype = blocks.build_geometry(*sizes), torch.promote_types(x.dtype, values.dtype)
+    geometry, dtype = ConvGeometry.from_weight(*sizes), torch.promote_types(x.dtype, values.dtype)
     if values.dim() == 3:
         bk, bc = values.shape[1:]
         return blocks.why_not((bk, bc), geometry, dtype)

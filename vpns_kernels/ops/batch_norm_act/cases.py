@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.ops.case import Case
 
 
@@ -52,7 +53,7 @@ _ROWS += [("odd", torch.float32, "relu", True, kind) for kind in ("far", "consta
 
 CASES = [
     Case(
-        f"{shape}-{str(dtype)[6:]}-{act}{'-residual' if has_residual else ''}-{kind}",
+        f"{shape}-{dtype_name(dtype)}-{act}{'-residual' if has_residual else ''}-{kind}",
         partial(_args, _SHAPES[shape], dtype, act, has_residual, kind),
     )
     for shape, dtype, act, has_residual, kind in _ROWS

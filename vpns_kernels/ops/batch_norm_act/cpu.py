@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import native
+from vpns_kernels.dtypes import DTYPE_NAMES
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(
@@ -16,7 +17,7 @@ def why_not(
     """float32 and half activations with float32 weights, on a CPU with AVX2."""
     if x.device.type != "cpu":
         return f"it takes CPU tensors, got {x.device}"
-    if x.dtype not in _NAMES or weight.dtype != torch.float32 or bias.dtype != torch.float32:
+    if x.dtype not in _DTYPES or weight.dtype != torch.float32 or bias.dtype != torch.float32:
         return f"it takes float32 or halves with float32 weights, got {x.dtype} with {weight.dtype}"
     if native.why_not() is None and not native.has_isa("avx2"):
         return "it needs avx2"
@@ -31,7 +32,7 @@ def run(
     y = torch.empty_like(x)
     mean, variance = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
     native.library().batch_norm_act(
-        _NAMES[x.dtype],
+        DTYPE_NAMES[x.dtype],
         x.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         y.data_ptr(),
@@ -65,7 +66,7 @@ def run_backward(
     grad_residual = torch.empty_like(x) if has_residual else x.new_empty(0)
     grad_weight, grad_bias = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
     native.library().batch_norm_act_backward(
-        _NAMES[x.dtype],
+        DTYPE_NAMES[x.dtype],
         grad.data_ptr(),
         x.data_ptr(),
         y.data_ptr(),

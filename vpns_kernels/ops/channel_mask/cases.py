@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.ops.case import Case
 
 _SHAPES: dict[str, tuple[int, ...]] = {
@@ -52,6 +53,6 @@ _ROWS += [
 ]
 
 CASES = [
-    Case(f"{shape}-{str(dtype)[6:]}-{kept}-{memory}", partial(_args, shape, dtype, kept, memory))
+    Case(f"{shape}-{dtype_name(dtype)}-{kept}-{memory}", partial(_args, shape, dtype, kept, memory))
     for shape, dtype, kept, memory in _ROWS
 ]

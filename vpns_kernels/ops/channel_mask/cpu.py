@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import native
+from vpns_kernels.dtypes import DTYPE_NAMES, dtype_name
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(x: Tensor, scores: Tensor, mask: Tensor) -> str | None:
     """float32 and half activations [N, C] or [N, C, H, W] on a CPU with AVX2."""
     if any(tensor.device.type != "cpu" for tensor in (x, scores, mask)):
         return f"it takes CPU tensors, got {x.device}"
-    if x.dtype not in _NAMES:
-        return f"it takes {', '.join(_NAMES.values())}, got {x.dtype}"
+    if x.dtype not in _DTYPES:
+        return f"it takes {', '.join(map(dtype_name, _DTYPES))}, got {x.dtype}"
     if x.dim() not in (2, 4):
         return f"it takes [N, C] and [N, C, H, W], got {x.dim()} dimensions"
     if native.why_not() is None and not native.has_isa("avx2"):
@@ -30,7 +31,7 @@ def run(x: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     y = torch.empty_like(x)
     sizes = (x.numel() // max(x.shape[1], 1), x.shape[1])
     native.library().channel_mask(
-        _NAMES[x.dtype], x.data_ptr(), y.data_ptr(), *sizes, factors.data_ptr(), torch.get_num_threads()
+        DTYPE_NAMES[x.dtype], x.data_ptr(), y.data_ptr(), *sizes, factors.data_ptr(), torch.get_num_threads()
     )
     return y
 
@@ -43,7 +44,7 @@ def run_backward(
     grad_x = torch.empty_like(x) if wants[0] else x.new_empty(0)
     sums = torch.empty(scores.shape if wants[1] else 0, dtype=torch.float32, device="cpu")
     native.library().channel_mask_backward(
-        _NAMES[x.dtype],
+        DTYPE_NAMES[x.dtype],
         grad.data_ptr(),
         x.data_ptr(),
         grad_x.data_ptr() if wants[0] else 0,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.ops.case import Case
 from vpns_kernels.ops.sparse_conv2d.cases import GEOMETRIES, ONE_UNIT, draw_units, make_input
 
@@ -53,7 +54,7 @@ _ROWS += [("mixed_stride_and_padding", 0.3, "contiguous", torch.float64, True)]
 
 
 def _name(shape: str, density: float, memory: str, dtype: torch.dtype, has_bias: bool) -> str:
-    parts = [shape, "one" if density == ONE_UNIT else f"{density:g}", memory, str(dtype)[6:]]
+    parts = [shape, "one" if density == ONE_UNIT else f"{density:g}", memory, dtype_name(dtype)]
     return "-".join([*parts, *["bias"] * has_bias])
 
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vpns_kernels.geometry import Pair
+from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton import channel_conv, channel_lists
-from vpns_kernels.ops._triton.blocks import build_geometry
 from vpns_kernels.ops._triton.channel_lists import all_channels, listed_filters, masked_channels
 from vpns_kernels.ops._triton.epilogue import Epilogue
 from vpns_kernels.ops._triton.rows import empty_activation
@@ -31,7 +30,7 @@ def why_not(
     groups: int,
 ) -> str | None:
     """Strides of 1 and 2, no groups."""
-    geometry = build_geometry(weight.shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
     return channel_lists.why_not(geometry, x.dtype)
 
 
@@ -46,7 +45,7 @@ def run(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    geometry = build_geometry(weight.shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
     shape = (x.shape[0], geometry.out_channels, *geometry.output_size(*x.shape[2:]))
     y = empty_activation(shape, x.dtype, x.device)
     inputs, outputs = masked_channels(input_mask), all_channels(geometry.out_channels, x.device)
@@ -70,7 +69,7 @@ def run_input_gradient(
         return reference.run_input_gradient(
             grad, weight, output_mask, x_shape, stride, padding, dilation, groups
         )
-    geometry = build_geometry(weight.shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
     N, C, H, W = x_shape
     grad_x = empty_activation((N, C, H, W), grad.dtype, grad.device)
     inputs, outputs = all_channels(geometry.in_channels, grad.device), masked_channels(output_mask)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.ops.case import Case
 from vpns_kernels.ops.sparse_conv2d.cases import GEOMETRIES, ONE_UNIT, draw_units, make_input
 from vpns_kernels.patterns import parse_pattern
@@ -70,7 +71,7 @@ for _spec in _ALL_PATTERNS:
 
 
 def _name(shape: str, spec: str, density: float, memory: str, dtype: torch.dtype, has_bias: bool) -> str:
-    parts = [shape, spec, "one" if density == ONE_UNIT else f"{density:g}", memory, str(dtype)[6:]]
+    parts = [shape, spec, "one" if density == ONE_UNIT else f"{density:g}", memory, dtype_name(dtype)]
     return "-".join([*parts, *["bias"] * has_bias])
 
 

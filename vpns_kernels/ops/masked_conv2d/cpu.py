@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import native
+from vpns_kernels.dtypes import DTYPE_NAMES
 from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.patterns import NM, Block, Pattern, Unstructured, parse_pattern
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Patterns that the library knows masks of.
 _TAKEN = (Unstructured, Block, NM)
 
@@ -32,7 +31,7 @@ def why_not(
     """
     if any(tensor.device.type != "cpu" for tensor in (x, weight, mask, scores)):
         return f"it takes CPU tensors, got {x.device} and {weight.device}"
-    if x.dtype not in _NAMES or weight.dtype != torch.float32:
+    if x.dtype not in _DTYPES or weight.dtype != torch.float32:
         return f"it takes float32 or halves with float32 weights, got {x.dtype} with {weight.dtype}"
     kind = parse_pattern(pattern)
     if not isinstance(kind, _TAKEN):
@@ -56,7 +55,7 @@ def run(
     groups: int,
     kernel: str = "",
 ) -> Tensor:
-    geometry = _geometry(weight, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
     N, _, H, W = x.shape
     shape = (N, geometry.out_channels, *geometry.output_size(H, W))
     y = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
@@ -81,7 +80,7 @@ def run_input_gradient(
     kernel: str = "",
 ) -> Tensor:
     """[N, C, H, W] as x, channels_last: the forward kernels on the transposed weight."""
-    geometry = _geometry(weight, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     if grad_x.numel() > 0:
         masked = _Masked(weight, mask, parse_pattern(pattern))
@@ -104,7 +103,7 @@ def run_score_gradient(
 ) -> Tensor:
     """sign(S) · Σ_unit W · dW, as scores."""
     kind = parse_pattern(pattern)
-    geometry = _geometry(weight, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
     signed, is_block = scores.detach().float().contiguous(), isinstance(kind, Block)
     # Of blocks the library leaves the sums; of single weights it takes the scores' signs with it.
     out = torch.empty(scores.shape, dtype=torch.float32, device="cpu")
@@ -116,7 +115,7 @@ def run_score_gradient(
             _sizes(x.shape, geometry),
             masked.handle,
             x.data_ptr(),
-            _NAMES[x.dtype],
+            DTYPE_NAMES[x.dtype],
             *_strides(x),
             grad.data_ptr(),
             0 if is_block else signed.data_ptr(),
@@ -154,7 +153,7 @@ def _convolve(
     kernel: str,
 ) -> None:
     source = _rows(source)
-    name, threads = _NAMES[source.dtype], torch.get_num_threads()
+    name, threads = DTYPE_NAMES[source.dtype], torch.get_num_threads()
     prepared = native.library().masked_conv2d_prepare(
         _sizes(x_shape, geometry), masked.handle, name, is_input_gradient, kernel, threads
     )
@@ -170,11 +169,6 @@ def _convolve(
         "none",
         threads,
     )
-
-
-def _geometry(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> ConvGeometry:
-    K, C, R, S = weight.shape
-    return ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
 
 
 def _sizes(x_shape: Sequence[int], geometry: ConvGeometry) -> list[int]:

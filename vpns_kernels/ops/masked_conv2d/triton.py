@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vpns_kernels.geometry import Pair
+from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton import block_conv, blocks, channel_conv, channel_lists
 from vpns_kernels.ops._triton.block_conv import BlockWeight
 from vpns_kernels.ops._triton.block_gradients import score_sums
@@ -41,7 +41,7 @@ def why_not(
         return f"it takes masks of blocks and channels, got {kind.spec} (dense products serve it: reference)"
     if weight.dtype == torch.float64:
         return "it takes weights of at most float32"
-    geometry = blocks.build_geometry(weight.shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
     if isinstance(kind, Block):
         return blocks.why_not((kind.bk, kind.bc), geometry, x.dtype)
     return channel_lists.why_not(geometry, x.dtype)
@@ -59,7 +59,7 @@ def run(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    geometry = blocks.build_geometry(weight.shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
     shape = (x.shape[0], geometry.out_channels, *geometry.output_size(*x.shape[2:]))
     y = empty_activation(shape, x.dtype, x.device)
     block = _block(pattern)
@@ -87,7 +87,7 @@ def run_input_gradient(
     groups: int,
 ) -> Tensor:
     """The gradient of x, in its shape, channels_last: the same kernel with the transposed weight."""
-    geometry = blocks.build_geometry(weight.shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
     grad_x = empty_activation(tuple(x.shape), x.dtype, x.device)
     block = _block(pattern)
     if block is None:
@@ -114,7 +114,7 @@ def run_score_gradient(
     groups: int,
 ) -> Tensor:
     """sign(S) · Σ_unit W · dW, as scores; the dense dW is never written."""
-    geometry = blocks.build_geometry(weight.shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight.shape, stride, padding, dilation, groups)
     # A channel is a row of blocks.
     sums = score_sums(grad, x, weight.detach(), _block(pattern) or (1, _ROW), geometry)
     if _block(pattern) is None:

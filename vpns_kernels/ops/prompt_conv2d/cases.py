@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops.case import Case
 
@@ -76,7 +77,7 @@ _ROWS += [("resnet", "framed", torch.uint8, torch.bfloat16, kind) for kind in ("
 _ROWS += [("cifar", variant, torch.float64, torch.float64, "bias") for variant in ("framed", "released")]
 
 CASES = [
-    Case("-".join([layer, variant, str(pixels)[6:], str(dtype)[6:], kind]), partial(build_args, *row))
+    Case("-".join([layer, variant, dtype_name(pixels), dtype_name(dtype), kind]), partial(build_args, *row))
     for row in _ROWS
     for layer, variant, pixels, dtype, kind in [row]
 ]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from vpns_kernels import native
+from vpns_kernels.dtypes import DTYPE_NAMES
 from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops.prompt_conv2d.canvas import compose, frame_mask, normalise, to_unit
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def why_not(
@@ -35,7 +36,7 @@ def why_not(
         return "it takes CPU tensors"
     if image.dtype not in (torch.uint8, torch.float32):
         return f"it takes images of uint8 or float32, got {image.dtype}"
-    if dtype not in _NAMES or any(
+    if dtype not in _DTYPES or any(
         tensor is not None and tensor.dtype == torch.float64 for tensor in (prompt, weight, bias)
     ):
         return f"it gives float32 or bfloat16 without float64 anywhere, got {dtype} and {weight.dtype}"
@@ -74,7 +75,7 @@ def run(
         canvas.handle,
         rounded.data_ptr(),
         y.data_ptr(),
-        _NAMES[dtype],
+        DTYPE_NAMES[dtype],
         0 if wide_bias is None else wide_bias.data_ptr(),
         torch.get_num_threads(),
         kernel,
@@ -120,7 +121,7 @@ def run_backward(
             canvas.handle,
             rounded.data_ptr(),
             grad.data_ptr(),
-            _NAMES[grad.dtype],
+            DTYPE_NAMES[grad.dtype],
             *(found.data_ptr() for found in (grad_canvas, grad_weight, grad_bias)),
             torch.get_num_threads(),
             kernel,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.formats import pack
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops.case import Case
@@ -129,7 +130,7 @@ for _spec in PATTERNS:
 
 
 def _name(shape: str, spec: str, density: float, memory: str, dtype: torch.dtype, has_bias: bool) -> str:
-    parts = [shape, spec, "one" if density == ONE_UNIT else f"{density:g}", memory, str(dtype)[6:]]
+    parts = [shape, spec, "one" if density == ONE_UNIT else f"{density:g}", memory, dtype_name(dtype)]
     return "-".join([*parts, *["bias"] * has_bias])
 
 

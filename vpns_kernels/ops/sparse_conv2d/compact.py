@@ -26,8 +26,8 @@ def run(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    K, C, R, S = weight_shape
-    return convolve_compact(x, values, layout, bias, ConvGeometry(C, K, (R, S), stride, padding, dilation))
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation)
+    return convolve_compact(x, values, layout, bias, geometry)
 
 
 def run_input_gradient(
@@ -42,8 +42,7 @@ def run_input_gradient(
     groups: int,
 ) -> Tensor:
     """The smaller convolution's, among zeros."""
-    K, C, R, S = weight_shape
-    geometry = ConvGeometry(C, K, (R, S), stride, padding, dilation)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation)
     return compact_input_gradient(grad, x, values, layout, geometry)
 
 
@@ -59,6 +58,5 @@ def run_weight_gradient(
     groups: int,
 ) -> Tensor:
     """The smaller convolution's."""
-    K, C, R, S = weight_shape
-    geometry = ConvGeometry(C, K, (R, S), stride, padding, dilation)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation)
     return compact_weight_gradient(grad, x, values, layout, geometry)

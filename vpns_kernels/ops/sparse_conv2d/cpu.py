@@ -31,8 +31,7 @@ def run(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    K, C, R, S = weight_shape
-    geometry = ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation, groups)
     return _cpu.prepared_for(values, layout, geometry, x).run(x, bias)
 
 
@@ -48,8 +47,7 @@ def run_input_gradient(
     groups: int,
 ) -> Tensor:
     """The gradient of x, channels_last, by the forward kernels with the transposed weight."""
-    K, C, R, S = weight_shape
-    geometry = ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation, groups)
     return _cpu.input_gradient(grad, x.shape, values.contiguous(), layout, geometry)
 
 
@@ -65,6 +63,5 @@ def run_weight_gradient(
     groups: int,
 ) -> Tensor:
     """The gradient of what is kept alone, summed in float32, in the shape and dtype of values."""
-    K, C, R, S = weight_shape
-    geometry = ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation, groups)
     return _cpu.weight_gradient(grad, x, values.contiguous(), layout, geometry).to(values.dtype)

@@ -63,12 +63,10 @@ def run_weight_gradient(
     groups: int,
 ) -> Tensor:
     """What stands at the kept places of the dense weight's gradient; as values."""
-    K, C, R, S = weight_shape
     dense = conv2d_weight(x, tuple(weight_shape), grad, stride, padding, dilation, groups)
-    geometry = ConvGeometry(C * groups, K, (R, S), groups=groups)
+    geometry = ConvGeometry.from_weight(weight_shape, groups=groups)
     return pick(dense, values, layout, geometry).to(values.dtype)
 
 
 def _dense(values: Tensor, layout: Sequence[Tensor], weight_shape: Sequence[int], groups: int) -> Tensor:
-    K, C, R, S = weight_shape
-    return unpack(values, layout, ConvGeometry(C * groups, K, (R, S), groups=groups))
+    return unpack(values, layout, ConvGeometry.from_weight(weight_shape, groups=groups))

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vpns_kernels.geometry import Pair
+from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton import packed
-from vpns_kernels.ops._triton.blocks import build_geometry
 from vpns_kernels.ops._triton.epilogue import Epilogue
 from vpns_kernels.ops._triton.rows import empty_activation
 
@@ -31,7 +30,7 @@ def run(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    geometry = build_geometry(weight_shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation, groups)
     shape = (x.shape[0], geometry.out_channels, *geometry.output_size(*x.shape[2:]))
     y = empty_activation(shape, x.dtype, x.device)
     packed.convolve(x, values, layout, geometry, y, Epilogue(bias))
@@ -50,7 +49,7 @@ def run_input_gradient(
     groups: int,
 ) -> Tensor:
     """The gradient of x, in its shape, channels_last: the same kernel with the transposed weight."""
-    geometry = build_geometry(weight_shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation, groups)
     grad_x = empty_activation(tuple(x.shape), x.dtype, x.device)
     packed.input_gradient(grad, values, layout, geometry, grad_x)
     return grad_x
@@ -68,5 +67,5 @@ def run_weight_gradient(
     groups: int,
 ) -> Tensor:
     """The gradient of what is kept alone, summed in float32, in the shape and dtype of values."""
-    geometry = build_geometry(weight_shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation, groups)
     return packed.weight_gradient(grad, x, values, layout, geometry).to(values.dtype)

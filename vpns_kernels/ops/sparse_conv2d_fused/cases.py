@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vpns_kernels.dtypes import dtype_name
 from vpns_kernels.ops.case import Case
 from vpns_kernels.ops.sparse_conv2d.cases import GEOMETRIES, ONE_UNIT, build_args, fits
 
@@ -38,7 +39,7 @@ class _Row:
     def name(self) -> str:
         density = "one" if self.density == ONE_UNIT else f"{self.density:g}"
         types = [t for t in (self.dtype, self.values_dtype, self.out_dtype) if t is not None]
-        parts = [self.shape, self.spec, density, self.memory, *(str(t)[6:] for t in types), self.act]
+        parts = [self.shape, self.spec, density, self.memory, *(dtype_name(t) for t in types), self.act]
         parts += ["bias"] * self.has_bias + [f"residual_{self.residual}"] * bool(self.residual)
         return "-".join(parts)
 

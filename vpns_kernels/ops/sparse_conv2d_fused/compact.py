@@ -30,9 +30,8 @@ def run(
     act: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    K, C, R, S = weight_shape
     # torch's convolution rounds to the type of its input: a residual after that would be a second rounding.
     is_last = residual is None and out_dtype == x.dtype
     wide = x if is_last else x.to(sum_dtype(x.dtype))
-    geometry = ConvGeometry(C, K, (R, S), stride, padding, dilation)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation)
     return finish(convolve_compact(wide, values, layout, bias, geometry), residual, act, out_dtype)

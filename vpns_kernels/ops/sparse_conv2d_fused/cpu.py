@@ -30,6 +30,5 @@ def run(
     act: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    K, C, R, S = weight_shape
-    geometry = ConvGeometry(C * groups, K, (R, S), stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation, groups)
     return _cpu.prepared_for(values, layout, geometry, x).run(x, bias, residual, act, out_dtype)

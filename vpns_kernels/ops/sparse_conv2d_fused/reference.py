@@ -35,9 +35,8 @@ def run(
     act: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    K, C, R, S = weight_shape
     wide = sum_dtype(x.dtype)
-    weight = unpack(values, layout, ConvGeometry(C * groups, K, (R, S), groups=groups)).to(wide)
+    weight = unpack(values, layout, ConvGeometry.from_weight(weight_shape, groups=groups)).to(wide)
     wide_bias = None if bias is None else bias.to(wide)
     y = F.conv2d(x.to(wide), weight, wide_bias, stride, padding, dilation, groups)
     return finish(y, residual, act, out_dtype)

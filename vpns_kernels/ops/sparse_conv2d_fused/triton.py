@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vpns_kernels.geometry import Pair
+from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton import packed
-from vpns_kernels.ops._triton.blocks import build_geometry
 from vpns_kernels.ops._triton.epilogue import Epilogue
 from vpns_kernels.ops._triton.rows import empty_activation
 
@@ -46,7 +45,7 @@ def run(
     act: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    geometry = build_geometry(weight_shape, stride, padding, dilation, groups)
+    geometry = ConvGeometry.from_weight(weight_shape, stride, padding, dilation, groups)
     shape = (x.shape[0], geometry.out_channels, *geometry.output_size(*x.shape[2:]))
     y = empty_activation(shape, out_dtype, x.device)
     if residual is not None:
