@@ -7,6 +7,7 @@
 
 #include "arithmetic.h"
 #include "checks.h"
+#include "cpu/planes.h"
 #include "cpu/sparse_conv2d.h"
 #include "cpu/transposed_weights.h"
 
