@@ -135,6 +135,7 @@ def _query(
     layer: nn.Module, size: Sequence[int] | None, dtype: torch.dtype | None, pattern: Pattern | str | None
 ) -> LayerQuery:
     # Here, for the time it takes to import the package.
+    from vpns_kernels.convert import freeze
     from vpns_kernels.modules import MaskedConv2d, MaskedLinear
     from vpns_kernels.sparse_modules import SparseConv2d, SparseLinear
 
@@ -148,7 +149,8 @@ def _query(
     else:
         mask = None
         if isinstance(layer, MaskedConv2d | MaskedLinear):
-            mask, pattern = layer.weight_mask(), pattern or layer.pattern
+            # What packs a layer takes plain ones alone, which compute nothing but their convolution.
+            mask, pattern, layer = layer.weight_mask(), pattern or layer.pattern, freeze(layer)
         kind = SparseLinear if is_linear else SparseConv2d
         sparse = kind.from_dense(layer, mask, pattern)  # type: ignore[arg-type]
     images, height, width = (size[0], 1, 1) if is_linear else size

@@ -128,7 +128,7 @@ def test_choosing_reports_each_layer_with_its_times_and_what_else_does_not_take_
     engine.save(tmp_path / "engine")
     again = load(tmp_path / "engine")
     assert_close(again, network, x, torch.float32)
-    assert any("compiled for dense, which this CPU has not" in note for note in again.explain(True).notes)
+    assert any("compiled for dense, which this CPU lacks" in note for note in again.explain(True).notes)
 
 
 def test_channels_run_as_the_smaller_layer_they_are_and_its_time_stands_beside_dense() -> None:
