@@ -136,14 +136,15 @@ def test_a_run_on_a_gpu_is_measured_there_too(
 ) -> None:
     config = tiny_task.make_config()
     execute(tmp_path, config, "export")
-    fake_gpu(monkeypatch, deploy)
-    found = deploy.bench_run(tmp_path, replace(config, device="cuda"))["networks"]
+    # A device that torch has everywhere and that is no CPU; what is measured on it has tests of its own.
+    monkeypatch.setattr(deploy, "find_gpu", lambda name: torch.device("meta"))
+    monkeypatch.setattr(deploy, "gpu_fingerprint", lambda device: {"gpu": str(device)})
+    monkeypatch.setattr(deploy, "bench_network", lambda network, pattern, x: (x.device.type, x.shape[-1]))
     on_cpu = deploy.bench_run(tmp_path, config)["networks"]
-    assert len(found) == 2 * len(on_cpu)
-    # Where the CPU stands in for the GPU, its name is told.
-    assert all(row.keys() == on_cpu[0].keys() and row["device"] == "cpu" for row in found)
-    assert set(found[-1]["dense"]) == set(on_gpu.GPU_OPPONENTS)
-    assert [row["image_size"] for row in found] == 2 * [row["image_size"] for row in on_cpu]
+    found = deploy.bench_run(tmp_path, replace(config, device="cuda"))
+    assert found["machine"] == {"gpu": "meta"}
+    assert found["networks"] == on_cpu + [("meta", size) for _, size in on_cpu]
+    assert {device for device, _ in on_cpu} == {"cpu"}
 
 
 def test_a_gpu_that_is_not_there_is_refused_in_one_line(
