@@ -291,7 +291,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_found(capsys
     expect_error(capsys, ["tune", "run"], "tune, iteration", "expected finite", "got", "learning rate")
     assert digests() == found
     expect_error(capsys, ["tune", "run", "--tune.lr=1e-2"], "settings", "tune.lr", "another folder")
-    retry = ["--tune.lr=1e-2", "--model.weights=run"]
+    retry = ["--tune.lr=1e-2", "--model.weights=run/pretrain/weights.safetensors"]
     assert main(["eval", "second", *TINY, *retry]) == 0
 
 
