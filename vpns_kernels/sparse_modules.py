@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from typing import Any, Self, TypeVar, cast
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from vpns_kernels.ops._torch import ACTS, autocast_input, finish, is_plain
 from vpns_kernels.ops.registry import OPS
 from vpns_kernels.ops.sparse_conv2d import sparse_conv2d
 from vpns_kernels.ops.sparse_conv2d_fused import check_inputs, sparse_conv2d_fused
-from vpns_kernels.patterns import Channel, Pattern, Unstructured, parse_pattern
+from vpns_kernels.patterns import Block, Channel, Pattern, Unstructured, parse_pattern
 from vpns_kernels.runners import Runner, prepare
 
 
@@ -65,6 +66,9 @@ class _Sparse(nn.Module):
             self.register_buffer(name, array)
         self._cache = _cpu.PreparedCache(prepare, compares_values=True)
         self._is_shared = False
+        # Stamps and checksum of the layout's arrays when they were last looked at.
+        self._layout_known: tuple[tuple[tuple[int, int], ...] | None, int] = (None, 0)
+        self._check_layout()
 
     @property
     def layout(self) -> tuple[Tensor, ...]:
@@ -135,7 +139,29 @@ class _Sparse(nn.Module):
         self._cache.remember(runner, values, self.layout, x, self.kernel)
         return runner.run(x, bias, residual, self.act)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._layout_known = None, 0
+        super()._load_from_state_dict(*args)
+
+    def _check_layout(self) -> None:
+        """Refuse a layout that was written over: averaged like weights, it would move them, silently."""
+        if not all(is_plain(a) and a.device.type == "cpu" and not a.is_inference() for a in self.layout):
+            return
+        stamp, checksum = tuple((a.data_ptr(), a._version) for a in self.layout), self._layout_known[1]
+        if stamp == self._layout_known[0]:
+            return
+        found = 0
+        for array in self.layout:
+            found = crc32(array.detach().numpy().tobytes(), found)
+        if self._layout_known[0] is not None and found != checksum:
+            raise ValueError(
+                f"{type(self).__name__}: expected the layout that was packed or loaded, got one that was "
+                "written over in place (average parameters alone, and leave buffers of integers as they are)"
+            )
+        self._layout_known = stamp, found
+
     def _prepared_for(self, x: Tensor) -> Runner:
+        self._check_layout()
         return self._cache.get(self.values, self.layout, self.geometry, x.shape, x.dtype, self.kernel)
 
 
@@ -154,7 +180,14 @@ def _pack_layer(
 ) -> tuple[Packed, Tensor | None]:
     pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern or Unstructured()
     # Before folding: a channel whose batch norm scales it by zero is kept nevertheless.
-    mask = _find_kept(layer.weight.detach(), pattern) if mask is None else mask
+    if mask is None:
+        mask = _find_kept(layer.weight.detach(), pattern)
+    elif isinstance(pattern, Block) and not torch.equal(mask, _find_kept(mask, pattern)):
+        # The pruned weights of a kept block would learn.
+        raise ValueError(
+            f"from_dense: expected a mask of whole units of pattern {pattern.spec!r}, got one that cuts "
+            "within a unit (without a mask, a unit with any weight is kept)"
+        )
     if bn is not None:
         layer = fold_batch_norm(layer, bn)
     packed = pack(layer.weight, mask, pattern, ConvGeometry.from_module(layer), dtype)

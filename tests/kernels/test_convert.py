@@ -121,7 +121,9 @@ def test_a_sparse_network_equals_the_plain_one_and_comes_back_to_the_last_bit(na
 def test_sparsify_packs_what_has_a_mask_in_the_pattern_and_dtype_asked_for() -> None:
     network = build("vgg").eval().float()
     pattern = parse_pattern("block:2x2")
-    masks = {"3": torch.rand(10, 6, 3, 3) < 0.5, "8": torch.rand(16, 40) < 0.5}
+    shapes = {"3": (10, 6, 3, 3), "8": (16, 40)}
+    units = {name: torch.rand(pattern.units_shape(shape)) < 0.5 for name, shape in shapes.items()}
+    masks = {name: pattern.expand(units[name], shape) for name, shape in shapes.items()}
     sparse = sparsify(network, masks, pattern, torch.bfloat16)
     assert type(sparse[0]) is nn.Conv2d
     for place in (3, 8):

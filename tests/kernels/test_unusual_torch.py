@@ -270,3 +270,30 @@ def test_what_was_packed_in_bfloat16_is_dense_in_the_type_of_its_bias() -> None:
     network, x = pruned(nn.Conv2d(16, 8, 3)), draw(2, 16, 8, 8)
     plain = densify(sparsify(network, dtype=torch.bfloat16))
     torch.testing.assert_close(plain(x), network(x), rtol=0.02, atol=0.02)
+
+
+def test_a_layout_that_was_averaged_like_weights_is_refused() -> None:
+    kept = torch.ones(64, 64, 3, 3, dtype=torch.bool)
+    kept[::3], kept[:, ::5] = False, False
+    layer = SparseConv2d.from_dense(nn.Conv2d(64, 64, 3), kept, "channel").eval().requires_grad_(False)
+    averaged, x = copy.deepcopy(layer), draw(1, 64, 8, 8)
+    torch.testing.assert_close(averaged(x), layer(x))
+    for mine, new in zip(averaged.parameters(), layer.parameters(), strict=True):
+        mine.copy_(0.9 * mine + 0.1 * new)
+    torch.testing.assert_close(averaged(x), layer(x))
+    for mine, new in zip(averaged.state_dict().values(), layer.state_dict().values(), strict=True):
+        mine.copy_(0.9 * mine + 0.1 * new)
+    with pytest.raises(ValueError, match=r"written over in place \(average parameters alone"):
+        averaged(x)
+    other = (
+        SparseConv2d.from_dense(nn.Conv2d(64, 64, 3), kept.flip(0), "channel").eval().requires_grad_(False)
+    )
+    averaged.load_state_dict(other.state_dict())
+    torch.testing.assert_close(averaged(x), other(x))
+
+
+def test_a_mask_that_cuts_within_a_block_is_refused_as_its_rest_would_learn() -> None:
+    mask = torch.ones(16, 16, 3, 3, dtype=torch.bool)
+    mask[0, 0, 0, 0] = False
+    with pytest.raises(ValueError, match="got one that cuts within a unit"):
+        SparseConv2d.from_dense(nn.Conv2d(16, 16, 3), mask, "block:16x16")
