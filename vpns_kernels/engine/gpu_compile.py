@@ -73,7 +73,7 @@ def choose_kernels(
 def _time_layer(
     plan: Plan, part: StepPart, device: torch.device, tensors: Mapping[int, Tensor], images: int
 ) -> tuple[StepReport, LayerKernel]:
-    """What each kernel that takes a layer needs per image; the fastest is chosen, and returned ready to run."""
+    """What each kernel that takes a layer needs per image; the fastest, ready to run, is chosen."""
     weights, step = LayerWeights.of_step(plan, part.step, device), part.step
     refusals = _triton_errors()
     layers: dict[str, LayerKernel] = {}
