@@ -124,6 +124,8 @@ def _eager(network: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Te
 
 def _autotuned(network: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
     cast, given = _cast(network, x, dtype)
+    # What was compiled before counts against a limit, beyond which nothing is compiled.
+    torch._dynamo.reset()
     compiled = torch.compile(cast, mode="max-autotune", dynamic=False)
 
     def call() -> Tensor:
