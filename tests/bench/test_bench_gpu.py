@@ -107,6 +107,18 @@ def test_each_pass_of_a_layer_is_checked_timed_and_compared(stage: str) -> None:
     json.dumps(rows)
 
 
+def test_the_compiler_begins_anew_for_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: done.append("compile") or function)
+    for _ in range(2):
+        rows = bench_gpu_layer(
+            LAYER, 2, "block:4x4", (0.5,), CPU, 1, "reference", torch.float32, is_autotuned=True
+        )
+        assert set(rows[0]["ratios"]) == {CUDNN, AUTOTUNED}
+    assert done == ["reset", "compile"] * 2
+
+
 def test_channels_are_timed_by_each_kernel_and_both_are_kept() -> None:
     kernels = ("compact", "reference")
     rows = [
@@ -174,13 +186,17 @@ def test_jobs_that_stop_say_why_and_what_was_measured_before_is_saved(
     def stops() -> list[dict[str, Any]]:
         raise RuntimeError("out of\n memory")
 
+    def misplaces() -> list[dict[str, Any]]:
+        raise AssertionError("base must be 16-byte aligned")
+
     def selects() -> list[dict[str, Any]]:
         return bench_gpu_selection([LAYER], 0.1, CPU, 1, ["reference"])
 
     saved: list[dict[str, Any]] = []
-    measure_part([("a", selects), ("b", stops), ("c", selects)], CPU, 60.0, saved.append)
-    assert [len(found["rows"]) for found in saved] == [1, 1, 1, 1]
-    assert saved[-1]["stopped"] == {"b": "RuntimeError: out of memory"}
+    measure_part([("a", selects), ("b", stops), ("c", misplaces), ("d", selects)], CPU, 60.0, saved.append)
+    assert [len(found["rows"]) for found in saved] == [1, 1, 1, 1, 1]
+    why = {"b": "RuntimeError: out of memory", "c": "AssertionError: base must be 16-byte aligned"}
+    assert saved[-1]["stopped"] == why
     assert saved[-1]["rows"][0]["copy_frac"] > 0
     measure_part([("a", selects)], CPU, -1.0, saved.append)
     assert (saved[-1]["rows"], saved[-1]["left_out"]) == ([], ["a"])
