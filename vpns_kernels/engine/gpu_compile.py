@@ -22,7 +22,7 @@ from vpns_kernels.engine.report import StepReport, describe_pruning
 # From here on GPUs multiply bfloat16.
 _LEAST_CAPABILITY = (8, 0)
 # Of these kernels of libraries nobody says before which sizes they take; ours and plain torch may not stop.
-_MAY_STOP = ("dense fused", "semi-structured")
+MAY_STOP = ("dense fused", "semi-structured")
 
 
 def device_dtype(device: torch.device) -> torch.dtype:
@@ -89,7 +89,7 @@ def _time_layer(
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                may_stop = RuntimeError if name in _MAY_STOP else ()
+                may_stop = RuntimeError if name in MAY_STOP else ()
                 if not isinstance(error, (may_stop, *refusals)):
                     raise
                 refused[name] = f"it stopped: {(str(error).splitlines() or [repr(error)])[0]}"
