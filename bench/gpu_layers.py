@@ -90,6 +90,8 @@ def _autotuned(layer: Layer, x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     def convolve(x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
 
+    # Of one function torch compiles so many variants and no more: the last layers' would not be compiled.
+    torch._dynamo.reset()
     # Recordings are ours.
     compiled = torch.compile(convolve, mode="max-autotune-no-cudagraphs", dynamic=False)
     return lambda: compiled(x, weight)

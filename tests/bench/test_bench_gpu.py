@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +109,18 @@ def test_each_pass_of_a_layer_is_checked_timed_and_compared(stage: str) -> None:
     json.dumps(rows)
 
 
+def test_the_compiler_begins_anew_for_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: done.append("compile") or function)
+    for _ in range(2):
+        rows = bench_gpu_layer(
+            LAYER, 2, "block:4x4", (0.5,), CPU, 1, "reference", torch.float32, is_autotuned=True
+        )
+        assert set(rows[0]["ratios"]) == {CUDNN, AUTOTUNED}
+    assert done == ["reset", "compile"] * 2
+
+
 def test_channels_are_timed_by_each_kernel_and_both_are_kept() -> None:
     kernels = ("compact", "reference")
     rows = [
@@ -174,22 +188,60 @@ def test_jobs_that_stop_say_why_and_what_was_measured_before_is_saved(
     def stops() -> list[dict[str, Any]]:
         raise RuntimeError("out of\n memory")
 
+    def misplaces() -> list[dict[str, Any]]:
+        raise AssertionError("base must be 16-byte aligned")
+
     def selects() -> list[dict[str, Any]]:
         return bench_gpu_selection([LAYER], 0.1, CPU, 1, ["reference"])
 
     saved: list[dict[str, Any]] = []
-    measure_part([("a", selects), ("b", stops), ("c", selects)], CPU, 60.0, saved.append)
-    assert [len(found["rows"]) for found in saved] == [1, 1, 1, 1]
-    assert saved[-1]["stopped"] == {"b": "RuntimeError: out of memory"}
+    measure_part([("a", selects), ("b", stops), ("c", misplaces), ("d", selects)], CPU, 60.0, saved.append)
+    assert [len(found["rows"]) for found in saved] == [1, 1, 1, 1, 1]
+    why = {"b": "RuntimeError: out of memory", "c": "AssertionError: base must be 16-byte aligned"}
+    assert saved[-1]["stopped"] == why
     assert saved[-1]["rows"][0]["copy_frac"] > 0
     measure_part([("a", selects)], CPU, -1.0, saved.append)
     assert (saved[-1]["rows"], saved[-1]["left_out"]) == ([], ["a"])
+    measure_part([("a autotuned", stops), ("b", selects)], CPU, 60.0, saved.append)
+    assert (saved[-1]["left_out"], saved[-1]["stopped"]) == (["a autotuned"], {})
 
 
 def test_what_is_measured_against_more_opponents_takes_the_place_of_what_was() -> None:
     first = layer_row("forward", 0.1, layer="a", ratios={CUDNN: {"median": 2.0}})
     again, other = layer_row("forward", 0.1, layer="a"), layer_row("forward", 0.1, layer="b")
     assert latest([first, other, again]) == [again, other]
+
+
+def test_on_gpu_stops_without_a_gpu_and_says_so(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "bench" / "on_gpu.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected a GPU that torch can use, got none" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_gpu_bounds_what_is_always_run_by_the_whole_and_leaves_each_bench_time_to_write(
+    tmp_path: Path,
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\n[ "$1" = -c ] || echo "$@"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": str(python)}
+    command = ["bash", str(ROOT / "bench" / "on_gpu.sh")]
+    first = ["test", "layers", "resnet50", "ops"]
+    done = subprocess.run([*command, *first], env=environment, capture_output=True, text=True, check=True)
+    assert [line.split()[:2] for line in done.stdout.splitlines()[:4]] == [["ok", name] for name in first]
+    log = (tmp_path / "log.txt").read_text()
+    assert "-m not long" in log
+    assert [int(found) for found in re.findall(r"^-m .*--budget (\d+)", log, re.MULTILINE)] == [40, 45, 20]
+    environment["LIMIT_S"] = "45"
+    done = subprocess.run([*command, "ops"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ok      ops")
+    budget = (tmp_path / "log.txt").read_text().split()[-1]
+    assert 0 < int(budget) <= 5
 
 
 def test_every_part_has_jobs_and_none_begins_without_a_gpu(tmp_path: Path) -> None:

@@ -26,13 +26,21 @@ TRITON_OPS = [op for op in OPS.values() if "triton" in op.backends]
 
 
 def make_passes(op: Op, device: torch.device, count: int) -> list[Callable[[], list[Tensor]]]:
-    """The first `count` cases that are not empty and that the kernels take, each as all of its passes."""
+    """The first `count` cases that are not empty and that the kernels take, each as all of its passes.
+
+    Then the first whose products are of bfloat16, if none was: tensor cores take those another way.
+    """
     found: list[Callable[[], list[Tensor]]] = []
+    has_half = False
     for case in op.cases():
         args = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), case.build())
-        is_empty = any(leaf.numel() == 0 for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-        if not is_empty and len(found) < count and can_run(op, args, "triton"):
+        leaves = tree_leaves(args)
+        is_empty = any(leaf.numel() == 0 for leaf in leaves if isinstance(leaf, Tensor))
+        is_half = any(getattr(leaf, "dtype", leaf) == torch.bfloat16 for leaf in leaves)
+        is_wanted = len(found) < count or (is_half and not has_half)
+        if is_wanted and not is_empty and can_run(op, args, "triton"):
             found.append(_passes(op, args))
+            has_half |= is_half
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vpns_kernels import compile, load, parse_pattern
 from vpns_kernels.convert import freeze, mask_layers, mask_modules
 from vpns_kernels.engine import GpuEngine
+from vpns_kernels.engine.gpu_compile import MAY_STOP
 from vpns_kernels.engine.gpu_kernels import KERNELS
 from vpns_kernels.engine.gpu_weights import LayerWeights
 from vpns_kernels.engine.lower import lower
@@ -97,7 +98,14 @@ def test_every_kernel_of_every_layer_gives_the_same_on_a_gpu(
         if step.layer is not None:
             weights = LayerWeights.of_step(plan, step, device)
             for name in [name for name, kind in KERNELS.items() if kind.why_not(weights) is None]:
-                assert_close(GpuEngine(plan, device, {step.name: name}), network, images(8, device), dtype)
+                try:
+                    engine = GpuEngine(plan, device, {step.name: name})
+                    engine(images(8, device))
+                except RuntimeError:
+                    if name not in MAY_STOP:
+                        raise
+                    continue
+                assert_close(engine, network, images(8, device), dtype)
 
 
 @needs_gpu

@@ -7,21 +7,24 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from tests.kernels import networks, test_engine_framed, test_engine_torch
 from tests.kernels.test_engine import PATTERNS, assert_close, build, images, lowered, prune
 from vpns_kernels import compile, load
-from vpns_kernels.engine import GpuEngine, Plan
+from vpns_kernels.engine import GpuEngine, Plan, gpu_steps
 from vpns_kernels.engine.gpu_compile import build_engine, can_keep, choose_kernels, open_on_device
 from vpns_kernels.engine.gpu_kernels import KERNELS
 from vpns_kernels.engine.gpu_weights import LayerWeights
 from vpns_kernels.engine.lower import lower
+from vpns_kernels.engine.parts import TorchPart
 from vpns_kernels.engine.select import draft_plan
 from vpns_kernels.engine.trace import trace_network
 
@@ -205,6 +208,50 @@ def test_programs_that_cannot_be_recorded_are_run_anew_and_the_report_says_so() 
     plan, _ = plan_of(build("vgg"), images(2))
     with pytest.raises(RuntimeError, match="not permitted"):
         build_engine(plan, CPU, {}, (), (), images(2), recorder=NoRecorder())(images(2))
+
+
+def test_a_program_that_waits_for_the_host_is_timed_without_a_recording(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan, programs = plan_of(test_engine_torch.Attentive().eval(), images(2))
+    asked: list[bool] = []
+
+    def measure(work: Callable[[], object], device: torch.device, is_recorded: bool = True) -> float:
+        asked.append(is_recorded)
+        if is_recorded:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        work()
+        return 2.0
+
+    monkeypatch.setattr(gpu_steps, "measure_ms", measure)
+    tried = GpuEngine(plan, CPU, programs=programs)
+    program = next(part for part in tried.parts if isinstance(part, TorchPart))
+    tensors = tried._run(images(2), None)
+    assert gpu_steps.time_part(program, CPU, tensors) == 2.0
+    assert asked == [True, False]
+    ours = next(part for part in tried.parts if isinstance(part, gpu_steps.StepPart))
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        gpu_steps.time_part(ours, CPU, tensors)
+
+
+@pytest.mark.parametrize("error", [OutOfResources(400_000, 232_448, "shared memory"), PTXASError("")])
+def test_a_kernel_that_does_not_compile_is_refused_and_others_are_chosen(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = prune(build("vgg"), "channel").eval()
+
+    def fail(weights: LayerWeights) -> Callable[..., Tensor]:
+        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+            raise error
+
+        return run
+
+    monkeypatch.setitem(KERNELS, "compact", replace(KERNELS["compact"], make=fail))  # type: ignore[arg-type]
+    plan, programs = plan_of(network, images(2))
+    engine = choose_kernels(plan, programs, CPU, images(2))
+    assert set(engine.kernels) == {"", "dense"}
+    reasons = [row["reason"] for row in engine.explain(quiet=True).rows() if row["kernel"] == "dense"]
+    assert any(f"compact: it stopped: {error}" in reason for reason in reasons)
 
 
 def test_images_elsewhere_and_threads_of_a_gpu_are_refused(tmp_path: Path) -> None:

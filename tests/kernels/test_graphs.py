@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
 
 from vpns_kernels.engine.gpu_clock import measure_ms, replayable
-from vpns_kernels.engine.graphs import GraphRunner
+from vpns_kernels.engine.graphs import CudaRecorder, GraphRunner
 
 
 class FakeRecorder:
@@ -102,6 +106,85 @@ def test_a_recording_that_fails_leaves_nothing_behind() -> None:
         with pytest.raises(RuntimeError, match="waits for the host"):
             runner(images(1))
     assert runner.batch_sizes == []
+
+
+def test_a_batch_size_first_seen_in_inference_mode_is_taken_outside_it_too() -> None:
+    runner, recorder = make_runner(2)
+    x = images(2)
+    with torch.inference_mode():
+        torch.testing.assert_close(runner(x + 0), 2 * x.sum((2, 3)))
+    torch.testing.assert_close(runner(x), 2 * x.sum((2, 3)))
+    assert recorder.recorded == 1
+
+
+class FakeCuda:
+    """Of torch.cuda what a recording needs; its mode is what torch asks of waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.mode: int | str = 0
+        self.captures: list[str] = []
+        self.is_capturing = False
+        for name in ("Stream", "current_stream", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, lambda *args: MagicMock())
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda *args: nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.set_mode)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+
+    def set_mode(self, mode: int | str) -> None:
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+        self.mode = mode
+
+    def wait(self) -> None:
+        if self.mode == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    @contextmanager
+    def graph(self, *args: object, **options: object) -> Iterator[None]:
+        assert not self.is_capturing
+        self.is_capturing = True
+        self.captures.append(threading.current_thread().name)
+        yield
+        self.is_capturing = False
+
+
+def test_work_that_waits_for_the_host_is_found_before_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    recorder = CudaRecorder(torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="that can be recorded, got: called a synchronizing"):
+        recorder.record(cuda.wait)
+    assert (cuda.captures, cuda.mode) == ([], 0)
+    calls: list[int] = []
+    recorder.record(lambda: calls.append(1))
+    assert (len(calls), len(cuda.captures), cuda.mode) == (4, 1, 0)
+
+
+def test_other_threads_may_wait_while_work_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+
+    def work() -> None:
+        other = threading.Thread(target=cuda.wait)
+        other.start()
+        other.join()
+
+    CudaRecorder(torch.device("cuda")).record(work)
+    assert len(cuda.captures) == 1
+
+
+def test_two_threads_record_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+
+    def record() -> None:
+        CudaRecorder(torch.device("cuda")).record(lambda: time.sleep(0.01))
+
+    threads = [threading.Thread(target=record) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(cuda.captures)) == 4
 
 
 def test_a_limit_below_one_is_refused() -> None:

@@ -25,7 +25,8 @@ class Event:
     done: list[str]
     told: list[int] = field(default_factory=list)
 
-    def record(self) -> None:
+    def record(self, stream: str) -> None:
+        assert stream == "current of cuda:1"
         self.told.append(len(self.done))
 
     def synchronize(self) -> None:
@@ -45,10 +46,14 @@ def images() -> torch.Tensor:
     return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def test_time_is_that_between_two_events_and_warming_up_does_not_count() -> None:
+def test_time_is_that_between_two_events_and_warming_up_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
+    device = torch.device("cuda:1")
     done: list[str] = []
     calls = {"one": lambda: done.append("one"), "three": lambda: done.extend(["three"] * 3)}
-    samples = interleave_events(calls, rounds=4, warmup=2, make_event=lambda: Event(done))
+    samples = interleave_events(calls, 4, warmup=2, device=device, make_event=lambda: Event(done))
     assert samples["one"].times_ms == (1.0,) * 4
     assert samples["three"].times_ms == (3.0,) * 4
     assert done == ["one", *["three"] * 3] * 6

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from vpns.config import DataConfig
 from vpns.data import DATASETS, LAYOUTS, ImageSet, Split, load_data, make_batch
+from vpns.data.base import is_same_device
 from vpns.data.letters import LETTERS, draw_letters
 from vpns.data.splits import carve_splits, stratified_order
 
@@ -393,6 +394,13 @@ def test_images_of_another_kind_are_refused(images: Tensor) -> None:
 def test_a_size_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="expected size >= 1 pixel, got 0"):
         make_batch(random_images(1, 8, 8), 0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_same"), [("cuda", True), ("cuda:1", True), ("cuda:0", False), ("cpu", False)]
+)
+def test_what_is_on_a_gpu_is_where_any_gpu_is_asked_for(wanted: str, is_same: bool) -> None:
+    assert is_same_device(torch.device("cuda", 1), torch.device(wanted)) == is_same
 
 
 def test_a_split_refuses_labels_of_another_count_or_type() -> None:

@@ -88,7 +88,7 @@ def _cells(
         options.layer_rounds,
         dtype=options.dtype,
         engine=subject.engine,
-        clock=Clock() if on_cpu else gpu_clock(),
+        clock=Clock() if on_cpu else gpu_clock(device),
     )
     sizes = options.sizes or (subject.size or _SIZE,)
     if subject.engine is not None and set(sizes) != {subject.size}:

@@ -61,7 +61,7 @@ class Split:
 
     def to(self, device: torch.device | str) -> Split:
         """The same split on another device, which then holds all of it; itself where it is there already."""
-        if self.labels.device == torch.device(device):
+        if is_same_device(self.labels.device, torch.device(device)):
             return self
         larger = self.larger if self.larger is None or self.rows is None else self.larger[self.rows]
         return Split(
@@ -69,6 +69,11 @@ class Split:
             self.labels.to(device),
             larger=None if larger is None else larger.to(device),
         )
+
+
+def is_same_device(here: torch.device, wanted: torch.device) -> bool:
+    """Whether a tensor is where it is wanted: a device without a number is any of its type."""
+    return here.type == wanted.type and wanted.index in (None, here.index)
 
 
 @dataclass(frozen=True, eq=False)

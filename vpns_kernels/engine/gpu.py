@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from vpns_kernels.engine.engine import Engine
-from vpns_kernels.engine.gpu_clock import measure_ms
-from vpns_kernels.engine.gpu_steps import make_device_parts
+from vpns_kernels.engine.gpu_steps import make_device_parts, time_part
 from vpns_kernels.engine.graphs import CudaRecorder, GraphRunner, Recorder
 from vpns_kernels.engine.parts import EnginePart
 from vpns_kernels.engine.plan import Plan
@@ -91,8 +90,7 @@ class GpuEngine(Engine):
         seconds = [0.0] * len(self.plan.steps)
         with torch.no_grad():
             for part in self._parts:
-                ms = measure_ms(lambda part=part: part.run(dict(tensors), None, 0, None), self.device)  # type: ignore[misc]
-                seconds[part.steps.start] = ms / 1e3
+                seconds[part.steps.start] = time_part(part, self.device, tensors) / 1e3
         return seconds
 
     def _compute(self, x: Tensor) -> Tensor:

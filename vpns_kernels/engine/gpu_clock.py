@@ -14,8 +14,13 @@ from vpns_kernels.engine.graphs import CudaRecorder
 _REPEATS, _ROUNDS = 10, 5
 
 
-def replayable(work: Callable[[], object], device: torch.device, repeats: int) -> Callable[[], None]:
+def replayable(
+    work: Callable[[], object], device: torch.device, repeats: int, is_recorded: bool = True
+) -> Callable[[], None]:
     """What does the work `repeats` times and returns when it is done; on a GPU from a recording.
+
+    Args:
+        is_recorded: False for work that waits for the host, which no recording can hold.
 
     Raises:
         RuntimeError: on a GPU, work that waits for the host.
@@ -27,7 +32,7 @@ def replayable(work: Callable[[], object], device: torch.device, repeats: int) -
 
     if device.type != "cuda":
         return repeat
-    _, replay = CudaRecorder(device).record(repeat)
+    replay = CudaRecorder(device).record(repeat)[1] if is_recorded else repeat
 
     def play() -> None:
         replay()
@@ -36,14 +41,17 @@ def replayable(work: Callable[[], object], device: torch.device, repeats: int) -
     return play
 
 
-def measure_ms(work: Callable[[], object], device: torch.device) -> float:
+def measure_ms(work: Callable[[], object], device: torch.device, is_recorded: bool = True) -> float:
     """The least of some rounds, for one piece of work.
+
+    Args:
+        is_recorded: as replayable's.
 
     Raises:
         RuntimeError: on a GPU, work that waits for the host.
     """
     repeats = _REPEATS if device.type == "cuda" else 1
-    play = replayable(work, device, repeats)
+    play = replayable(work, device, repeats, is_recorded)
     play()
     least = math.inf
     for _ in range(_ROUNDS):

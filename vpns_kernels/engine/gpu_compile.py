@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from vpns_kernels.engine.gpu import GpuEngine, find_device
 from vpns_kernels.engine.gpu_clock import measure_ms
-from vpns_kernels.engine.gpu_kernels import KERNELS
-from vpns_kernels.engine.gpu_steps import StepPart
+from vpns_kernels.engine.gpu_kernels import KERNELS, LayerKernel
+from vpns_kernels.engine.gpu_steps import StepPart, time_part
 from vpns_kernels.engine.gpu_weights import LayerWeights
 from vpns_kernels.engine.graphs import Recorder
 from vpns_kernels.engine.plan import Plan
@@ -21,7 +22,7 @@ from vpns_kernels.engine.report import StepReport, describe_pruning
 # From here on GPUs multiply bfloat16.
 _LEAST_CAPABILITY = (8, 0)
 # Of these kernels of libraries nobody says before which sizes they take; ours and plain torch may not stop.
-_MAY_STOP = ("dense fused", "semi-structured")
+MAY_STOP = ("dense fused", "semi-structured")
 
 
 def device_dtype(device: torch.device) -> torch.dtype:
@@ -51,18 +52,19 @@ def choose_kernels(
         for part in engine.parts:
             first = plan.steps[part.steps.start]
             if isinstance(part, StepPart) and first.layer is not None:
-                report = _time_layer(plan, part, device, tensors, images)
+                report, layer = _time_layer(plan, part, device, tensors, images)
                 chosen[first.name] = report.kernel
+                part.run_by(layer, tensors)
             else:
                 kernel, note = part.kernels[0], (notes or {}).get(first.name, "")
-                ms = measure_ms(lambda part=part: part.run(dict(tensors), None, 0, None), device) / images  # type: ignore[misc]
+                ms = time_part(part, device, tensors) / images
                 report = StepReport(first.name, None, None, ms, kernel, note)
+                part.run(tensors, None, 0, None)
             for place in part.steps:
                 # A program is in as many steps as it has values; its time counts once.
                 is_first = place == part.steps.start
                 name = plan.steps[place].name
                 reports[name] = report if is_first else replace(report, name=name, ms=0.0)
-            part.run(tensors, None, 0, None)
     steps = [replace(step, kernel=chosen.get(step.name, "")) for step in plan.steps]
     ordered = [reports[step.name] for step in steps]
     return build_engine(replace(plan, steps=tuple(steps)), device, chosen, ordered, programs, x)
@@ -70,24 +72,27 @@ def choose_kernels(
 
 def _time_layer(
     plan: Plan, part: StepPart, device: torch.device, tensors: Mapping[int, Tensor], images: int
-) -> StepReport:
-    """What each kernel that takes a layer needs per image; the fastest is chosen."""
+) -> tuple[StepReport, LayerKernel]:
+    """What each kernel that takes a layer needs per image; the fastest, ready to run, is chosen."""
     weights, step = LayerWeights.of_step(plan, part.step, device), part.step
+    refusals = _triton_errors()
+    layers: dict[str, LayerKernel] = {}
     times: dict[str, float] = {}
     refused: dict[str, str] = {}
     for name, kind in KERNELS.items():
         reason = kind.why_not(weights)
         if reason is None:
-            layer = kind.make(weights)
             try:
+                layer = layers[name] = kind.make(weights)
                 ms = measure_ms(lambda: part.run_by(layer, dict(tensors)), device)  # noqa: B023
                 times[name] = ms / images
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
-                if name not in _MAY_STOP:
+            except Exception as error:
+                may_stop = RuntimeError if name in MAY_STOP else ()
+                if not isinstance(error, (may_stop, *refusals)):
                     raise
-                refused[name] = f"it stopped: {str(error).splitlines()[0]}"
+                refused[name] = f"it stopped: {(str(error).splitlines() or [repr(error)])[0]}"
         elif kind.is_sparse and weights.packed is not None:
             refused[name] = reason
     sparse = {name: ms for name, ms in times.items() if KERNELS[name].is_sparse}
@@ -96,7 +101,7 @@ def _time_layer(
     others = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     sparse_ms = min(sparse.values(), default=None)
     left = describe_pruning(step)
-    return StepReport(
+    report = StepReport(
         step.name,
         sparse_ms,
         dense_ms,
@@ -106,6 +111,16 @@ def _time_layer(
         is_sparse=kernel in sparse,
         **left,
     )
+    return report, layers[kernel]
+
+
+def _triton_errors() -> tuple[type[Exception], ...]:
+    """Errors of kernels that do not compile, or ask for more than the GPU has."""
+    if find_spec("triton") is None:
+        return ()
+    from triton.errors import TritonError
+
+    return (TritonError,)
 
 
 def build_engine(

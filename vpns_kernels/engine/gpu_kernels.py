@@ -15,7 +15,7 @@ from vpns_kernels.engine.gpu_weights import LayerWeights, curve
 from vpns_kernels.engine.semi_structured import SemiStructured, multiply_pixels
 from vpns_kernels.formats import Packed
 from vpns_kernels.ops import OPS
-from vpns_kernels.ops._torch import ACTS
+from vpns_kernels.ops._torch import ACTS, take_channels
 
 # act(layer(x) + residual).
 LayerKernel = Callable[[Tensor, Tensor | None], Tensor]
@@ -161,7 +161,7 @@ class _Compact:
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         g = self._weights.step.geometry
-        gathered = x if self._kept_in is None else x.index_select(1, self._kept_in)
+        gathered = x if self._kept_in is None else take_channels(x, self._kept_in)
         shape = (len(x), g.out_channels, *g.output_size(*x.shape[2:]))
         y = None
         if self._values.numel():

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from vpns_kernels.engine.gpu_clock import measure_ms
 from vpns_kernels.engine.gpu_kernels import KERNELS, LayerKernel, first_kernel
 from vpns_kernels.engine.gpu_weights import LayerWeights, curve
 from vpns_kernels.engine.parts import EnginePart, TorchPart
@@ -156,6 +157,22 @@ def make_device_parts(
     if left:
         raise ValueError(f"expected {len(programs) - len(left)} programs, got {len(programs)}")
     return parts
+
+
+def time_part(part: EnginePart, device: torch.device, tensors: Mapping[int, Tensor]) -> float:
+    """Milliseconds of one run; a program of torch that waits for the host is timed without a recording."""
+
+    def work() -> None:
+        part.run(dict(tensors), None, 0, None)
+
+    try:
+        return measure_ms(work, device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        if not isinstance(part, TorchPart):
+            raise
+        return measure_ms(work, device, is_recorded=False)
 
 
 def _make_part(plan: Plan, place: int, device: torch.device, kernels: Mapping[str, str]) -> StepPart:

@@ -6,11 +6,12 @@ stream of their own, one after the other, whoever calls: so they may share what 
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,6 +22,10 @@ _Result = TypeVar("_Result")
 _WARM_UP = 3
 # Graphs that are kept: each holds the activations of its batch size.
 LIMIT = 8
+# What torch says of each wait, where it is asked to.
+_WAIT = ".*synchronizing CUDA operation"
+# Torch records one graph at a time in a process.
+_recording = Lock()
 
 
 class Recorder(Protocol):
@@ -47,11 +52,18 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]]:
         """Record work as a graph (see Recorder) after some runs; RuntimeError if it waits for the host."""
+        with _recording:
+            return self._record(work)
+
+    def _record(self, work: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]]:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UP):
+            for _ in range(_WARM_UP - 1):
                 work()
+            # A recording that fails leaves torch's allocator waiting for its end: better not begun.
+            if waits := _find_waits(work):
+                raise RuntimeError(f"expected work that can be recorded, got: {waits[0]}")
             self._stream.synchronize()
             # Other threads may go on with what they do on the device.
             mode = "thread_local"
@@ -73,6 +85,30 @@ class CudaRecorder:
         """Let the caller's stream keep a tensor that was made inside a turn (see Recorder)."""
         tensor.record_stream(self._caller)
         return tensor
+
+
+def _find_waits(work: Callable[[], object]) -> list[str]:
+    """What torch says of this thread's waits for a GPU, while it works.
+
+    Torch warns whoever waits, in any thread, and would stop them all if asked to stop us.
+    """
+    found: list[str] = []
+    thread, before = get_ident(), torch.cuda.get_sync_debug_mode()
+
+    def note(message: Warning | str, *rest: object, **more: object) -> None:
+        if get_ident() == thread:
+            found.append(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", _WAIT)
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,15 +154,20 @@ class GraphRunner:
         if found is None:
             while len(self._recordings) >= self._limit:
                 self._recordings.popitem(last=False)
-            images = torch.empty(
-                (len(x), *self._like.shape[1:]),
-                dtype=self._like.dtype,
-                device=self._like.device,
-                memory_format=torch.channels_last if self._like.dim() == 4 else torch.contiguous_format,
-            )
-            # Not what memory happened to hold: the first calls run with it.
-            images.copy_(x)
-            y, replay = self._recorder.record(lambda: self._function(images))
-            found = self._recordings[len(x)] = _Recording(images, y, replay)
+            # What is made in inference mode could not be written outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._recordings[len(x)] = self._record(x)
         self._recordings.move_to_end(len(x))
         return found
+
+    def _record(self, x: Tensor) -> _Recording:
+        images = torch.empty(
+            (len(x), *self._like.shape[1:]),
+            dtype=self._like.dtype,
+            device=self._like.device,
+            memory_format=torch.channels_last if self._like.dim() == 4 else torch.contiguous_format,
+        )
+        # Not what memory happened to hold: the first calls run with it.
+        images.copy_(x)
+        y, replay = self._recorder.record(lambda: self._function(images))
+        return _Recording(images, y, replay)

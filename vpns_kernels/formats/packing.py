@@ -7,17 +7,17 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vpns_kernels.formats import block, channel, unstructured
 from vpns_kernels.formats.base import Packed
+from vpns_kernels.formats.layouts import LayoutCache
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.patterns import Block, Channel, Pattern, Unstructured
 
 # The rank of the values tells the format.
 _FORMATS = {1: unstructured, 3: block, 4: channel}
-# What was found valid on a GPU, by the first array of its layout.
-_valid: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Of what was found valid on a GPU.
+_valid: LayoutCache[None] = LayoutCache()
 _VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -94,7 +94,7 @@ def pick(dense: Tensor, values: Tensor, layout: Sequence[Tensor], geometry: Conv
 def validate(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> None:
     """Refuse arrays that do not describe a weight of this geometry, before any kernel sees them.
 
-    Those of a GPU are looked at when they are first seen.
+    Those of a GPU are looked at when they are first seen, and again once they changed.
 
     Raises:
         ValueError: says which array is wrong and how.
@@ -104,12 +104,13 @@ def validate(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -
     if not layout or layout[0].device.type == "cpu":
         _format(values).validate(values, layout, geometry)
         return
-    # On the CPU, and once: a look at a GPU's arrays at each call would make the host wait.
-    seen = _valid.setdefault(layout[0], set())
-    if (key := (geometry, tuple(values.shape))) not in seen:
+
+    def look() -> None:
         on_cpu = values.new_empty(values.shape, device="cpu")
         _format(values).validate(on_cpu, [array.cpu() for array in layout], geometry)
-        seen.add(key)
+
+    # On the CPU, and once: a look at a GPU's arrays at each call would make the host wait.
+    _valid.get(layout, (geometry, tuple(values.shape)), look)
 
 
 def _format(values: Tensor) -> ModuleType:

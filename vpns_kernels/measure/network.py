@@ -44,7 +44,7 @@ def bench_network(network: nn.Module, pattern: Pattern, x: Tensor, rounds: int =
     """
     if x.device.type == "cpu":
         return _bench(_find_quick_rivals(network, x), Clock(), network, pattern, x, rounds)
-    return _bench(find_gpu_rivals(network, x), gpu_clock(), network, pattern, x, rounds)
+    return _bench(find_gpu_rivals(network, x), gpu_clock(x.device), network, pattern, x, rounds)
 
 
 def _bench(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,9 +68,9 @@ def find_gpu_rivals(network: nn.Module, x: Tensor, names: Iterable[str] | None =
     return Rivals(calls, needed=GPU_OPPONENTS)
 
 
-def gpu_clock() -> Clock:
+def gpu_clock(device: torch.device) -> Clock:
     """How a GPU's time is told to `bench_whole`."""
-    return Clock(interleave_events, _layers, _take)
+    return Clock(partial(interleave_events, device=device), _layers, _take)
 
 
 def interleave_events(
@@ -77,20 +78,23 @@ def interleave_events(
     rounds: int,
     warmup: int = 2,
     rest_s: float = 0.0,
+    *,
+    device: torch.device,
     make_event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True),
 ) -> dict[str, Sample]:
-    """Time callables in turn (see timing.interleave), each between two events on the GPU.
+    """Time callables in turn (see timing.interleave), each between two events of the device's current stream.
 
     Args:
         rest_s: none is needed, for nothing of a GPU waits in a loop.
     """
+    stream = torch.cuda.current_stream(device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(warmup + rounds):
         for name, call in calls.items():
             begin, end = make_event(), make_event()
-            begin.record()
+            begin.record(stream)
             call()
-            end.record()
+            end.record(stream)
             end.synchronize()
             if number >= warmup:
                 times[name].append(float(begin.elapsed_time(end)))
@@ -128,6 +132,8 @@ def _eager(network: nn.Module, x: Tensor) -> Call:
 
 
 def _autotuned(network: nn.Module, x: Tensor) -> Call:
+    # Networks before this one count against a limit, beyond which nothing is compiled.
+    torch._dynamo.reset()
     compiled = torch.compile(network, mode="max-autotune", dynamic=False)
     call = without_grad(compiled, x)
     call()

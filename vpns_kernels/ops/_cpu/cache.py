@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vpns_kernels.formats import validate
+from vpns_kernels.formats.layouts import stamp
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._cpu import prepared
 from vpns_kernels.ops._cpu.gradients import InputGradient, WeightGradient
@@ -74,7 +75,7 @@ class PreparedCache(Generic[_Form]):
             validate(values, layout, geometry)
             return make(*args)
         key = (tuple(x_shape), x_dtype, kernel, torch.get_num_threads(), values.dtype)
-        stamps = values.shape, geometry, *map(_stamp, layout)
+        stamps = values.shape, geometry, *map(stamp, layout)
         with self._lock:
             made = self._made
             if made is None or made.stamps != stamps:
@@ -149,13 +150,13 @@ class _Made(Generic[_Form]):
 
     def filling_of(self, values: Tensor, compares_values: bool) -> int:
         """A number that rises whenever the values are others than at the last call."""
-        stamp = _stamp(values)
-        is_same = stamp == self._values_stamp
+        now = stamp(values)
+        is_same = now == self._values_stamp
         if is_same and compares_values:
             is_same = self._copy is not None and torch.equal(self._copy, values)
         if not is_same:
             self._filling += 1
-            self._values_stamp, self._values_storage = stamp, values.untyped_storage()
+            self._values_stamp, self._values_storage = now, values.untyped_storage()
             self._copy = values.detach().clone() if compares_values else None
             # What cannot be filled again is of no more use.
             for forms in self.forms.values():
@@ -170,11 +171,7 @@ def _is_untraced(values: Tensor, layout: Sequence[Tensor]) -> bool:
 
 
 def _ticket(values: Tensor, layout: Sequence[Tensor], x: Tensor, kernel: str) -> tuple[object, ...]:
-    return (x.shape, x.dtype, kernel, torch.get_num_threads(), _stamp(values), *map(_stamp, layout))
-
-
-def _stamp(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor._version, tensor.dtype
+    return (x.shape, x.dtype, kernel, torch.get_num_threads(), stamp(values), *map(stamp, layout))
 
 
 # For calls of the op, which owns nothing: in a compiled or exported graph nobody else could keep the forms.

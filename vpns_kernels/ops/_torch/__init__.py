@@ -1,6 +1,7 @@
 """What backends made of torch's own operators share."""
 
 from vpns_kernels.ops._torch.autocast import autocast_input
+from vpns_kernels.ops._torch.channels import take_channels
 from vpns_kernels.ops._torch.compact import convolve_compact
 from vpns_kernels.ops._torch.epilogue import ACTS, finish, sum_dtype
 from vpns_kernels.ops._torch.gradients import compact_input_gradient, compact_weight_gradient
@@ -15,4 +16,5 @@ __all__ = [
     "finish",
     "is_plain",
     "sum_dtype",
+    "take_channels",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vpns_kernels.formats import validate
 from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.ops._torch.channels import take_channels
 
 
 def convolve_compact(
@@ -26,7 +27,7 @@ def convolve_compact(
     if values.numel() == 0:
         P, Q = geometry.output_size(x.shape[2], x.shape[3])
         return _fill(x, bias, (x.shape[0], K, P, Q))
-    gathered = x if is_whole_in else x.index_select(1, kept_in)
+    gathered = x if is_whole_in else take_channels(x, kept_in)
     kept_bias = None if bias is None else bias.to(x.dtype) if is_whole_out else bias.to(x.dtype)[kept_out]
     weight = values.to(x.dtype).contiguous(memory_format=torch.channels_last)
     y = F.conv2d(gathered, weight, kept_bias, geometry.stride, geometry.padding, geometry.dilation)

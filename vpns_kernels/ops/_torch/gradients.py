@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vpns_kernels.geometry import ConvGeometry
+from vpns_kernels.ops._torch.channels import take_channels
 
 
 def compact_weight_gradient(
@@ -20,8 +21,8 @@ def compact_weight_gradient(
     sizes = (list(geometry.stride), list(geometry.padding), list(geometry.dilation))
     found: Tensor
     _, found, _ = torch.ops.aten.convolution_backward(
-        grad.index_select(1, kept_out),
-        x.index_select(1, kept_in),
+        take_channels(grad, kept_out),
+        take_channels(x, kept_in),
         x.new_empty(values.shape),
         None,
         *sizes,
@@ -43,8 +44,8 @@ def compact_input_gradient(
         return grad_x
     sizes = (list(geometry.stride), list(geometry.padding), list(geometry.dilation))
     smaller, _, _ = torch.ops.aten.convolution_backward(
-        grad.index_select(1, kept_out),
-        x.index_select(1, kept_in),
+        take_channels(grad, kept_out),
+        take_channels(x, kept_in),
         values.to(x.dtype),
         None,
         *sizes,

@@ -8,15 +8,15 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vpns_kernels.formats import validate
 from vpns_kernels.formats.block import places, sizes
+from vpns_kernels.formats.layouts import LayoutCache
 from vpns_kernels.geometry import ConvGeometry, Pair
 from vpns_kernels.ops._triton import taps
 from vpns_kernels.ops._triton.block_conv import BlockWeight
 from vpns_kernels.ops._triton.block_lists import BlockLists, list_blocks
-from vpns_kernels.ops._triton.launch import ALIGNMENT_BYTES
+from vpns_kernels.ops._triton.launch import ALIGNMENT_BYTES, aligned
 from vpns_kernels.ops._triton.taps import list_taps, pack_tap
 
 _SIDES = (16, 32, 64)
@@ -75,26 +75,26 @@ class PackedBlocks:
         return torch.cat(found).to(device), tuple(counts), order.to(device)
 
 
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_packed: LayoutCache[PackedBlocks] = LayoutCache()
 
 
 def packed_blocks(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> PackedBlocks:
-    """The lists of packed values [count, bk, bc]; the layout is checked and listed when it is first seen.
+    """The lists of packed values [count, bk, bc]; a layout is checked when first seen or changed.
 
     Raises:
         ValueError: a layout that does not describe the weight.
     """
-    key = (geometry, tuple(values.shape))
-    known = _packed.setdefault(layout[1], {})
-    if key not in known:
-        validate(values.cpu(), [array.cpu() for array in layout], geometry)
+
+    def make() -> PackedBlocks:
+        arrays = [array.cpu() for array in layout]
+        validate(values.cpu(), arrays, geometry)
         found = sizes(geometry, *values.shape[1:])
         table = torch.full((found.rows * found.channels * found.taps,), -1, dtype=torch.int32)
-        table[places([array.cpu() for array in layout], found)] = torch.arange(len(values), dtype=torch.int32)
+        table[places(arrays, found)] = torch.arange(len(values), dtype=torch.int32)
         shape = (found.rows, found.channels, found.taps)
-        known[key] = PackedBlocks(table.view(shape).to(values.device), geometry)
-    result: PackedBlocks = known[key]
-    return result
+        return PackedBlocks(table.view(shape).to(values.device), geometry)
+
+    return _packed.get(layout, (geometry, tuple(values.shape), values.device), make)
 
 
 def packed_weight(values: Tensor, dtype: torch.dtype) -> BlockWeight:
@@ -102,7 +102,7 @@ def packed_weight(values: Tensor, dtype: torch.dtype) -> BlockWeight:
     _, bk, bc = values.shape
     # A descriptor has no empty axis; no list names the block that stands in.
     found = values.detach().to(dtype) if len(values) else values.new_zeros((1, bk, bc), dtype=dtype)
-    return BlockWeight(found.contiguous(), (bk, bc), is_packed=True)
+    return BlockWeight(aligned(found.contiguous()), (bk, bc), is_packed=True)
 
 
 def dense_blocks(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,4 +112,4 @@ def dense_blocks(weight: Tensor, dtype: torch.dtype) -> Tensor:
     blocks = weight.detach().permute(2, 3, 0, 1).reshape(R * S, K, C)
     if C % unit:
         blocks = torch.nn.functional.pad(blocks, (0, -C % unit))
-    return blocks.to(dtype).contiguous()
+    return aligned(blocks.to(dtype).contiguous())

@@ -8,12 +8,12 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vpns_kernels.formats import validate
+from vpns_kernels.formats.layouts import LayoutCache
 from vpns_kernels.geometry import ConvGeometry
 from vpns_kernels.ops._triton import taps
-from vpns_kernels.ops._triton.launch import ALIGNMENT_BYTES
+from vpns_kernels.ops._triton.launch import ALIGNMENT_BYTES, is_aligned
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PackedChannels:
     inputs: ChannelList
 
 
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_packed: LayoutCache[PackedChannels] = LayoutCache()
 
 
 def why_not(geometry: ConvGeometry, dtype: torch.dtype) -> str | None:
@@ -65,23 +65,22 @@ def why_not(geometry: ConvGeometry, dtype: torch.dtype) -> str | None:
 
 
 def packed_channels(values: Tensor, layout: Sequence[Tensor], geometry: ConvGeometry) -> PackedChannels:
-    """The channels of values [kept K, kept C, R, S]; the layout is checked and listed when it is first seen.
+    """The channels of values [kept K, kept C, R, S]; a layout is checked when first seen or changed.
 
     Raises:
         ValueError: a layout that does not describe the weight.
     """
-    known = _packed.setdefault(layout[1], {})
-    key = (geometry, tuple(values.shape), layout[0].data_ptr())
-    if key not in known:
+
+    def make() -> PackedChannels:
         arrays = [array.cpu() for array in layout]
         validate(values.cpu(), arrays, geometry)
         counts = (geometry.out_channels, geometry.in_channels)
         outputs, inputs = (
             _list_kept(kept, count, values.device) for kept, count in zip(arrays, counts, strict=True)
         )
-        known[key] = PackedChannels(outputs, inputs)
-    result: PackedChannels = known[key]
-    return result
+        return PackedChannels(outputs, inputs)
+
+    return _packed.get(layout, (geometry, tuple(values.shape), values.device), make)
 
 
 def masked_channels(mask: Tensor) -> ChannelList:
@@ -108,8 +107,8 @@ def _list_kept(kept: Tensor, count: int, device: torch.device) -> ChannelList:
 def filters(values: Tensor, dtype: torch.dtype) -> Tensor:
     """[K', C', R, S] → a view [R · S, K', C'] dense along C', of which a tap's filters are boxes.
 
-    Nothing is copied where the values are of the type and lie channels_last, rows of C' channels at multiples
-    of 16 bytes: as those that this returns, permuted back.
+    Nothing is copied where the values are of the type and lie channels_last, the first of all and rows of C'
+    channels at multiples of 16 bytes: as those that this returns, permuted back.
     """
     found = values.detach().to(dtype)
     if not found.numel():
@@ -120,7 +119,7 @@ def filters(values: Tensor, dtype: torch.dtype) -> Tensor:
     unit = _unit(dtype)
     long_axes = [step for size, step in zip(view.shape[:3], view.stride()[:3], strict=True) if size > 1]
     is_dense = C == 1 or view.stride(3) == 1
-    if not (is_dense and all(step % unit == 0 for step in long_axes)):
+    if not (is_dense and all(step % unit == 0 for step in long_axes) and is_aligned(found)):
         padded = found.new_empty((K, R, S, -(-C // unit) * unit))[..., :C]
         view = padded.copy_(found.permute(0, 2, 3, 1)).permute(1, 2, 0, 3)
     return view.flatten(0, 1)

@@ -91,6 +91,16 @@ def product_capability(device: torch.device, dtype: torch.dtype) -> int:
     return min(found, 8) if dtype == torch.float32 and dot_precision(dtype) == "ieee" else found
 
 
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether it begins at a multiple of 16 bytes, as a view may not."""
+    return tensor.data_ptr() % ALIGNMENT_BYTES == 0
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Itself, or a copy that begins where a descriptor may."""
+    return tensor if is_aligned(tensor) else tensor.clone()
+
+
 def describe(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A tensor whose boxes of `block` entries kernels load by coordinates; beyond its edges it is zero.
 
@@ -104,7 +114,9 @@ def describe(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How products of this type are taken: float32 as TF32 only where torch's convolutions may."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    # Not allow_tf32, which cannot be read where convolutions and recurrent layers were told differently.
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if dtype == torch.float32 and precision == "tf32" else "ieee"
 
 
 def _device(argument: Tensor | TensorDescriptor) -> torch.device:
