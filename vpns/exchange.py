@@ -26,8 +26,8 @@ _LARGEST_ERROR = 1e-4
 def export_as(folder: Path, kind: Literal["onnx", "torch"]) -> Path:
     """Write export/network.onnx or export/network.pth; returns its path.
 
-    onnx: images [N, 3, size, size] in [0, 1] → logits, with prompt and normalisation, zeros in place; of the
-    channel pattern the smaller network. torch: the state_dict that torch.load and load_state_dict take.
+    onnx: images [N, 3, size, size] in [0, 1] → logits of the classes, with prompt and label map; of the
+    channel pattern the smaller network, else zeros in place. torch: the state_dict that torch.load takes.
 
     Raises:
         NotImplementedError: packages of the extra [onnx] that are missing.
@@ -55,7 +55,7 @@ def export_as(folder: Path, kind: Literal["onnx", "torch"]) -> Path:
 
 
 def _inference(pruned: Pruned, network: nn.Module) -> Inference:
-    return Inference(pruned.prompt, network, pruned.is_prompted)
+    return Inference(pruned.prompt, network, pruned.is_prompted, pruned.label_map)
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

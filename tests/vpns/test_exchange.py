@@ -12,7 +12,7 @@ from torch import Tensor
 from vpns import cli
 from vpns.config import RunConfig
 from vpns.exchange import export_as
-from vpns.files import read_tensors
+from vpns.files import read_json, read_tensors
 from vpns.run import execute
 
 
@@ -49,6 +49,9 @@ def test_the_onnx_model_gives_the_logits_of_images(
     shapes = {tuple(tensor.dims) for tensor in model.graph.initializer}
     dense = {(8, 3, 3, 3), (8, 8, 3, 3), (12, 8)}
     assert (dense <= shapes) == (pattern == "unstructured")
+    # Logits of the task's classes, of which the network has more.
+    (classes,) = {output.type.tensor_type.shape.dim[1].dim_value for output in model.graph.output}
+    assert classes == len(read_json(folder / "export" / "artifact" / "manifest.json")["class_names"]) < 12
 
 
 def test_what_does_not_compute_the_same_is_not_exported_in_silence(
