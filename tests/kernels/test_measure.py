@@ -335,3 +335,21 @@ def test_the_rate_of_multiplying_is_that_of_what_may_be_used() -> None:
     # Which of the two is faster is the CPU's own: beside tiles, vectors multiply bfloat16 at half the rate.
     has_products = any(map(native.has_isa, ("avx512_bf16", "amx")))
     assert (library.multiply_rate("bfloat16", 1) > 1) is has_products
+
+
+def test_ctrl_c_after_openvino_is_no_segmentation_fault() -> None:
+    pytest.importorskip("openvino", reason="the extra [peers] is not installed")
+    code = """
+import gc, os, signal, torch
+from vpns_kernels.measure import find_opponents
+
+names = ("openvino float32", "openvino bfloat16", "openvino int8")
+for found in find_opponents(torch.nn.Conv2d(3, 4, 3), torch.ones(2, 3, 8, 8), names).values():
+    found.call is None or found.call()
+del found
+gc.collect()
+signal.signal(signal.SIGINT, lambda number, frame: print("told"))
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr

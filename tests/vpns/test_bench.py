@@ -111,7 +111,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
     monkeypatch.setattr(module, "find_gpu", lambda name: torch.device("cpu"))
     clock = Clock(interleave, on_gpu._layers, on_gpu._take)
     for place in (on_gpu, measure):
-        monkeypatch.setattr(place, "gpu_clock", lambda: clock)
+        monkeypatch.setattr(place, "gpu_clock", lambda device: clock)
     monkeypatch.setitem(on_gpu._MAKERS, on_gpu.AUTOTUNED, on_gpu._eager)
 
 

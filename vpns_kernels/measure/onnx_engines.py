@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vpns_kernels.measure.signal_stack import kept_signal_stack
 from vpns_kernels.measure.subject import Call, Opponent, Subject
 from vpns_kernels.onnx_file import quietly, run_onnx, why_no_onnx
 
@@ -78,8 +79,10 @@ def _compile_openvino(content: bytes, subject: Subject, settings: dict[str, Any]
         "NUM_STREAMS": "1",
         "PERFORMANCE_HINT": "LATENCY",
     }
-    request = core.compile_model(core.read_model(content), "CPU", settings).create_infer_request()
     x = subject.x.float().contiguous().numpy()
+    with kept_signal_stack():
+        request = core.compile_model(core.read_model(content), "CPU", settings).create_infer_request()
+        request.infer([x])
 
     def call() -> torch.Tensor:
         found = request.infer([x], share_inputs=True, share_outputs=True)
